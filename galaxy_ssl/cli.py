@@ -11,7 +11,6 @@ __all__ = ['HELP', 'COMMANDS', 'DemoArgs', 'EmbedArgs', 'main']
 import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import tyro

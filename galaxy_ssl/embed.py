@@ -10,7 +10,6 @@ __all__ = ['embed_rows', 'embed_cutouts']
 # %% ../nbs/41_embed.ipynb #f1d6b5a5
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from contextlib import nullcontext
@@ -22,12 +21,12 @@ import torch
 import torch.distributed as dist
 
 import galaxy_ssl
-from .batch import Loader
+from .batch import Loader, to_device
 from .core import CutoutError, atomic_write, run_lock
 from .cutouts import CutoutSet
 from .runs import Run, load_run, weights_digest
 from .table import EmbeddingTable
-from .train import join_world, to_device
+from .world import join_world
 
 # %% ../nbs/41_embed.ipynb #9045701f
 def embed_rows(

@@ -192,7 +192,7 @@ def test_line01_without_a_header_north_is_up_and_east_is_left(ra, dec, tmp_path)
 
 
 def test_line01_mirrors_and_turns_can_be_undone(tile):
-    path, wcs = tile
+    path, _ = tile
     cs = cut_tile(read_tile(path), {'x': np.linspace(20, 110, 40), 'y': np.linspace(20, 70, 40)}, size=15)
     batch = load_batch(cs, range(40))
     batch['bad'][:, 1, 2, 9] = True
@@ -673,7 +673,7 @@ def watched(config, data, seen):
     to_device, ids = room.to_device, []
     room.to_device = lambda batch, device: ids.append(batch['id']) or to_device(batch, device)
     training(config, data)
-    Path(f'{seen}.{os.environ.get("RANK", 0)}').write_text(json.dumps(ids))
+    Path(f'{seen}.{os.environ.get("RANK", "0")}').write_text(json.dumps(ids))
 
 
 def test_line12_two_processes_see_every_object_once(galaxies, data, tmp_path):
