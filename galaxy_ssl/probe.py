@@ -88,7 +88,7 @@ def _candidates(probe, kind, n_train):
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
     if probe == 'linear' and kind == 'class':
-        return 'C', [1e-4, 1e-3, 1e-2, .1, 1., 10.], lambda v: LogisticRegression(C=v, max_iter=2000, tol=1e-3)
+        return 'C', [1e-4, 1e-3, 1e-2, .1, 1., 10.], lambda v: LogisticRegression(C=v, class_weight='balanced', max_iter=2000, tol=1e-3)
     if probe == 'linear':
         return 'alpha', [1e4, 1e3, 100., 10., 1., .1], lambda v: Ridge(alpha=v)
     if probe == 'knn':

@@ -150,7 +150,7 @@ def _turn(v, mirror, quarter):
 def show(
     cs,               # CutoutSet
     rows=None,        # which: integers, ids, slice or mask; None = the first n
-    n:int=12,         # how many, where `rows` is None
+    n:int=None,       # how many, where `rows` is None; None = 12, or as many as make 100 pictures
     mode:str='rgb',   # 'rgb', or 'bands' for one picture per band
     caption='id',     # column of meta, list of columns, function of a meta row, or None
     cols:int=6,       # pictures beside each other (mode 'rgb')
@@ -160,10 +160,11 @@ def show(
     "Draw cutouts, north up and east left where the WCS is known."
     if mode not in ('rgb', 'bands'):
         raise CutoutError('mode', f'unknown mode {mode!r}', f"Use 'rgb' or 'bands'.{nearest(mode, ('rgb', 'bands'))}")
+    each = len(cs.bands) if mode == 'bands' else 1
+    n = max(1, min(12, 100//each)) if n is None else n
     view = cs[:max(n, 1)] if rows is None else cs[rows if isinstance(rows, slice) else list(rows)]
-    n = n if rows is None else len(view)
-    if n < 1 or n*(len(cs.bands) if mode == 'bands' else 1) > 100:
-        raise CutoutError('show', f'{n} objects in {mode!r} mode', 'Draw 1 to 100 pictures at a time')
+    if n < 1 or len(view)*each > 100:
+        raise CutoutError('show', f'{len(view) if n > 0 else n} objects in {mode!r} mode', 'Draw 1 to 100 pictures at a time')
     items = [view[i] for i in range(len(view))]
     sigma = _scale(view, items)
     text = [_caption(c, caption) for c in items]
