@@ -66,10 +66,11 @@ def plot_log(
     title='',   # of the figure
 ):
     "Training and validation loss against epochs; a second panel for the online probe when there is one."
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
     probed = [r for r in rows if 'probe' in r]
-    fig = Figure(figsize=(5*(2 if probed else 1), 3.2), dpi=90, layout='constrained')
-    axes = fig.subplots(1, 2 if probed else 1, squeeze=False)[0]
+    fig, axes = plt.subplots(1, 2 if probed else 1, figsize=(5*(2 if probed else 1), 3.2), dpi=90, layout='constrained', squeeze=False)
+    plt.close(fig)  # or a notebook would show it twice
+    axes = axes[0]
     for key, label, style in (('loss', 'training', '-'), ('val_loss', 'validation', 'o-')):
         points = [(r['epoch'], r[key]) for r in rows if key in r]
         if points:

@@ -16,7 +16,7 @@ from typing import Literal
 import tyro
 
 import galaxy_ssl
-from .core import CutoutError, die_with_parent, nearest
+from .core import CutoutError, nearest
 
 # %% ../nbs/85_cli.ipynb #e1141ad8
 HELP = f"""galaxy_ssl {galaxy_ssl.__version__}: learn from galaxy images without labels
@@ -93,7 +93,9 @@ def main(
         return
     if argv[0] not in COMMANDS:
         raise SystemExit(f'galaxy_ssl: unknown command {argv[0]!r}. Commands: {", ".join(COMMANDS)}.{nearest(argv[0], COMMANDS)}')
-    die_with_parent()
+    if 'RANK' in os.environ:
+        from galaxy_ssl.world import die_with_launcher
+        die_with_launcher()
     try:
         COMMANDS[argv[0]](argv[1:])
     except (CutoutError, OSError) as e:

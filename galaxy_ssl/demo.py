@@ -56,8 +56,9 @@ def neighbour_figure(
 ):
     "Rows of cutouts: a query and its nearest neighbours."
     index = SimilarityIndex(whiten=True).fit(table)
-    fig = Figure(figsize=(1.1*(k + 1), 1.3*len(ids)), dpi=90, layout='constrained')
-    axes = fig.subplots(len(ids), k + 1, squeeze=False)
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(len(ids), k + 1, figsize=(1.1*(k + 1), 1.3*len(ids)), dpi=90, layout='constrained', squeeze=False)
+    plt.close(fig)  # or a notebook would show it twice
     for row, name in zip(axes, ids):
         hits = index.query(ids=[name], k=k)
         for ax, other, title in zip(row, [name, *hits.id], ['query', *(f'{s:.2f}' for s in hits.score)]):
@@ -148,7 +149,7 @@ def demo(
         cs = cs[np.sort(keyed_rng(seed, 'demo').permutation(len(cs))[:most])]
     print(f'1/5  {cs}')
     cs.save(out/'cutouts.h5')
-    columns = label_columns(cs)
+    columns = ['b_minus_r', 'half_light_px', 'axis_ratio'] if data is None else label_columns(cs)
     size, patch = _network_size(cs)
     cfg = TrainConfig(data=str(out/'cutouts.h5'), out=str(out/'run'), size=size, epochs=max(2, passes//len(cs)), batch_size=64, seed=seed,
                       settings={'patch': patch, 'preset': 'micro'}, figure_every=0)
@@ -178,12 +179,14 @@ def _sections(cs, run, table, untrained, columns, seed):
     oddest = scores.sort_values('rank').index[:12].tolist()
     colour = columns[0] if columns else None
     found = [('Galaxies', f'{cs!r}. The first two dozen.', show(cs, n=24)),
-             ('Training', 'The loss on masked patches, and what a linear probe on the embedding predicts meanwhile.', plot_log(run.log().to_dict('records') and _rows(run), run.config['method'])),
+             ('Training', 'The loss on masked patches, and what a linear probe on the embedding predicts meanwhile.', plot_log(_rows(run), run.config['method'])),
              ('Reconstruction', 'From left to right: what the survey saw, what the network was shown, what it made of it, and the difference. '
               'Hidden patches are drawn with the true mean and spread of the patch where the loss is normalised per patch.', plot_reconstruction(run, good[:6], seed))]
     if columns:
-        found.append(('Probe', 'Linear probes of the frozen embedding, five-fold, with 95 % intervals, beside the two controls on the same folds.',
-                      probe_table(cs, table, untrained, columns)))
+        text = 'Linear probes of the frozen embedding, five-fold, with 95 % intervals, beside the two controls on the same folds.'
+        if 'axis_ratio' in columns:
+            text += ' Flattening is hard here: most sources of the Hubble picture are two or three pixels wide.'
+        found.append(('Probe', text, probe_table(cs, table, untrained, columns)))
     found += [('Neighbours', 'Each row: a galaxy and those the encoder finds most like it.', neighbour_figure(good, table, spread_queries(table, seed=seed))),
               ('Map', 'UMAP of the embedding; nearby points look alike to the encoder.' + (f' Colour: {colour}.' if colour else ''),
                plot_map(xy, table.meta[colour] if colour else None)),

@@ -196,7 +196,8 @@ def plot_map(
         if other is not None and len(other) != len(xy):
             raise CutoutError(what, f'{len(other)} objects for {len(xy)} points', 'Give the same objects in the same order')
     if ax is None:
-        _, ax = plt.subplots(figsize=(5.6, 4.2), dpi=80, layout='constrained')
+        fig, ax = plt.subplots(figsize=(5.6, 4.2), dpi=80, layout='constrained')
+        plt.close(fig)  # or a notebook would show it twice
     size = float(np.clip(4000/len(xy), .5, 20)) if size is None else size
     if colour is None:
         ax.scatter(*xy.T, s=size, color='tab:blue' if cutouts is None else '.8', linewidths=0)

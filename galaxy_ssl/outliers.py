@@ -106,6 +106,7 @@ def plot_outliers(
         raise CutoutError('column', f'no score {column!r}', nearest(column, scores.columns).strip() or f'There are {list(scores.columns)}')
     top = scores[column].sort_values(ascending=False, kind='stable').head(n)
     fig, (left, right) = plt.subplots(1, 2, figsize=(7, .9 + .22*max(len(top), 8)), dpi=80, layout='constrained')
+    plt.close(fig)  # or a notebook would show it twice
     left.hist(scores[column], bins=50, color='tab:blue')
     left.axvline(top.iloc[-1], color='tab:red', ls='--', lw=1, label=f'top {len(top)}')
     left.set(xlabel=column.replace('_', ' '), ylabel='objects', yscale='log')

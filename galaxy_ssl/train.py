@@ -28,13 +28,13 @@ from .batch import Loader, fit_preprocess, to_device
 from .callbacks import CALLBACKS, Figures, ProgressBar
 from .catalogs import split_groups, split_sky
 from .config import TrainConfig, check_config, parse_args
-from .core import CutoutError, atomic_write, die_with_parent, resolve, run_lock
+from .core import CutoutError, atomic_write, resolve, run_lock
 from .cutouts import CutoutSet, open_cutouts
 from .draws import Draws
 from .methods import make_method
 from .optim import learning_rate, make_optimizer
 from .runs import Run, load_resume, load_state, read_config, read_log, save_resume, save_weights, write_config
-from .world import StopFlag, gather, join_world, total_over
+from .world import StopFlag, die_with_launcher, gather, join_world, total_over
 
 # %% ../nbs/32_train.ipynb #809c0eee
 _all_ = ['TrainConfig']
@@ -204,8 +204,7 @@ def check_pending(self:Trainer):
     loss = float(loss)
     if not math.isfinite(loss):
         listed = self.folder/f'bad_batch_{self.world.rank}.json'
-        with atomic_write(listed) as tmp:
-            tmp.write_text(json.dumps({'step': step, 'ids': ids}))
+        listed.write_text(json.dumps({'step': step, 'ids': ids}))
         raise TrainingError(f'{self.folder}: the loss became {loss} at step {step} (epoch {step//self.steps_per_epoch}); objects of that batch: '
                             f'{ids[:5]}{f", all {len(ids)} in {listed.name}" if len(ids) > 5 else ""}. The last good weights are kept. '
                             'Look at these objects, lower the learning rate, or use fp32.')
@@ -348,7 +347,6 @@ def train(
 
 def _clear(folder, cfg):
     "Remove what is left of an attempt that saved nothing, or of a whole run if asked to; refuse what cannot be resumed."
-    leftovers = ('best.safetensors', 'split.parquet', 'log.jsonl', 'speed.jsonl')
     if cfg.overwrite:
         for name in ('resume.pt', 'config.json', 'model.safetensors'):
             (folder/name).unlink(missing_ok=True)
@@ -358,13 +356,13 @@ def _clear(folder, cfg):
         return
     if (folder/'model.safetensors').exists():
         raise CutoutError(folder, 'holds weights, but no resume.pt to go on from', 'Choose another folder, or overwrite=True (--overwrite)')
-    for name in leftovers:
+    for name in ('best.safetensors', 'split.parquet', 'log.jsonl', 'speed.jsonl'):
         (folder/name).unlink(missing_ok=True)
 
 # %% ../nbs/32_train.ipynb #95727692
 def main(argv=None):
     "Entry point of `python -m galaxy_ssl.train` and of torchrun."
-    die_with_parent()
+    die_with_launcher()
     try:
         run = train(parse_args(sys.argv[1:] if argv is None else argv))
     except (CutoutError, TrainingError, OSError) as e:

@@ -19,7 +19,6 @@ from astropy.io import fits
 from jobs import finish, start
 
 from galaxy_ssl import cli
-from galaxy_ssl import train as train_room
 from galaxy_ssl.config import make_config
 from galaxy_ssl.core import CutoutError, run_lock
 from galaxy_ssl.cutouts import CutoutSet, open_cutouts
@@ -275,11 +274,8 @@ def test_labels_nothing_can_be_learnt_from(score, y, message, galaxies, trained)
 # Settings.
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(capsys):
     """The `galaxy_ssl` command in this process: its exit code and everything it said."""
-    monkeypatch.setattr(cli, 'die_with_parent', lambda: None)
-    monkeypatch.setattr(train_room, 'die_with_parent', lambda: None)
-
     def run(*words):
         try:
             cli.main([str(w) for w in words])

@@ -1,7 +1,11 @@
 """kill -9 at random moments: nothing corrupt is left, and what is resumed equals what was never disturbed, byte for byte."""
+import os
 import random
 import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from jobs import embedding, finish, kill, start, training, wait_for
@@ -11,6 +15,7 @@ from galaxy_ssl.runs import load_resume, load_run, read_config
 from galaxy_ssl.synthetic import synthetic_cutouts
 from galaxy_ssl.table import EmbeddingTable
 
+ROOT = Path(__file__).parent.parent
 KILLS = 20
 CONFIG = dict(size=16, epochs=60, batch_size=8, save_every=2, log_every=3, val_fraction=0.2, settings={'patch': 4, 'preset': 'micro', 'dim': 48, 'depth': 2})
 
@@ -101,3 +106,29 @@ def test_a_second_training_in_the_same_folder_is_refused(data, tmp_path):
             training({**CONFIG, 'out': str(tmp_path/'run')}, data)
     finally:
         kill(job)
+
+
+def test_workers_die_with_a_killed_torchrun(data, tmp_path):
+    command = [str(Path(sys.executable).with_name('torchrun')), '--nproc-per-node', '2', '--master-port', '29613', '-m', 'galaxy_ssl.train', '--data', str(data),
+               '--out', str(tmp_path/'run'), '--size', '16', '--epochs', '100000', '--batch-size', '8', '--set', 'patch=4', 'preset=micro']
+    with open(tmp_path/'out.txt', 'w') as out:
+        launcher = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+        lock = tmp_path/'run'/'.lock'
+        until = time.monotonic() + 120
+        while not (tmp_path/'run'/'log.jsonl').exists() and launcher.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        worker = int(lock.read_text())
+        launcher.kill()
+        launcher.wait()
+    until = time.monotonic() + 10
+    while alive(worker) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not alive(worker), (tmp_path/'out.txt').read_text()[-2000:]
+
+
+def alive(pid):
+    """Whether a process still runs (one that waits to be collected does not)."""
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().rsplit(')')[1].split()[0] != 'Z'
+    except FileNotFoundError:
+        return False
