@@ -180,7 +180,7 @@ class Preprocess(nn.Module):
                 image, bad = self.image(centre_crop(flux, self.size), centre_crop(bad, self.size))
                 return {**batch, 'image': image, 'bad': bad}
             draws = draws_of(batch, flux.device)
-            sigma = self.stretch.sigma if hasattr(self.stretch, 'sigma') else None
+            sigma = self.stretch.sigma if self.stretch.name == 'asinh' else None  # only there it is the noise of the sky
             made = [self.image(*augment(flux, bad, self.augment, draws, self.size, sky_sigma=sigma)) for _ in range(views)]
         out = {**batch, 'image': made[0][0], 'bad': made[0][1]}
         if views > 1:

@@ -150,10 +150,12 @@ def plot_reconstruction(
     was = method.training
     method.eval()
     with torch.no_grad():
-        out = method.reconstruct(pre(batch))
+        data = pre(batch)
+        out = method.reconstruct(data)
     method.train(was)
     out = {k: v.float().cpu().numpy() for k, v in out.items()}
-    return show_reconstruction(out['image'], out['recon'], out['hidden'] > 0.5, bands=run.bands, n=len(cs))
+    return show_reconstruction(out['image'], out['recon'], out['hidden'] > 0.5, bands=run.bands, n=len(cs),
+                               bad=data['bad'].cpu().numpy(), top_first=cs.unit == 'display')
 
 # %% ../nbs/31_callbacks.ipynb #1367aec3
 class OnlineProbe(Callback):

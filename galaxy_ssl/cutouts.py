@@ -121,6 +121,8 @@ def _meta(meta, n):
     if 'id' in meta:
         meta = meta.set_index('id')
     elif meta.index.name != 'id':
+        if not isinstance(meta.index, pd.RangeIndex):
+            raise CutoutError('meta', f'has no ids; its columns are {list(meta)[:8]}', "Give a column 'id', or call the index 'id'")
         meta.index = [f'obj{i:06d}' for i in range(n)]
     meta.index = pd.Index(as_ids(meta.index, 'meta'), name='id', dtype=object)
     for name in ('ra', 'dec'):
@@ -252,11 +254,16 @@ def _open_native(path, bands=None, strict=False):
         meta = {'id': h5['meta/id'].asstr()[:]}
         for name in json.loads(h5.attrs['columns']):
             column = h5[f'meta/{name}']
-            meta[name] = column.asstr()[:] if h5py.check_string_dtype(column.dtype) else column[:]
+            meta[name] = _read_text(column) if h5py.check_string_dtype(column.dtype) else column[:]
         headers = [h or None for h in h5['headers'].asstr()[:]] if 'headers' in h5 else None
         return CutoutSet(**pixels, meta=meta, bands=json.loads(h5.attrs['bands']), survey=h5.attrs['survey'],
                          pixscale=h5.attrs['pixscale'], unit=h5.attrs['unit'], headers=headers,
                          psf_fwhm=h5['psf_fwhm'][:] if 'psf_fwhm' in h5 else None)
+
+def _read_text(column):
+    "Strings of an HDF5 dataset; an empty one is a missing value."
+    text = column.asstr()[:]
+    return np.where(text == '', None, text)
 
 def _complete(path, h5):
     "Raise if a native file lacks something."
@@ -339,7 +346,9 @@ def concat(
                 raise CutoutError('concat', f'{name} differ: {getattr(first, name)} and {getattr(other, name)}', 'Open them as separate sets')
         if other.shape[2:] != first.shape[2:] or not np.allclose(other.pixscale, first.pixscale, equal_nan=True):
             raise CutoutError('concat', f'sizes or pixel scales differ: {first!r} and {other!r}', 'Bring them to one pixel grid first')
-    parts = {k: join_rows([getattr(s, k) for s in sets]) for k in ('flux', 'bad', 'ivar') if all(getattr(s, k) is not None for s in sets)}
+    parts = {k: join_rows([getattr(s, k) for s in sets]) for k in ('flux', 'ivar') if all(getattr(s, k) is not None for s in sets)}
+    if any(s.bad is not None for s in sets):
+        parts['bad'] = join_rows([_no_bad(s) if s.bad is None else s.bad for s in sets])
     whole = all(s.psf_fwhm is not None for s in sets)
     headed = any(s.headers is not None for s in sets)
     headers = [h for s in sets for h in (s.headers or [None]*len(s))] if headed else None
@@ -347,6 +356,10 @@ def concat(
                     unit=first.unit, psf_fwhm=np.concatenate([s.psf_fwhm for s in sets]) if whole else None, headers=headers)
     out.bad_files = pd.concat([s.bad_files for s in sets], ignore_index=True)
     return out
+
+def _no_bad(cs):
+    "The mask of a set that came without one."
+    return Pixels(lambda rows: np.zeros((len(rows), *cs.shape[1:]), bool), cs.shape, bool)
 
 # %% ../nbs/02_cutouts.ipynb #25eb0e91
 @patch
@@ -359,8 +372,6 @@ def join_catalog(self:CutoutSet,
         catalog = resolve('galaxy_ssl.catalogs:read_catalog')(catalog)
     rows = catalog_rows(self.meta.index, catalog, strict)
     new = self[:]
-    new.meta = self.meta.assign(**{c: rows[c].to_numpy() for c in rows if c not in ('ra', 'dec')})
-    for c in ('ra', 'dec'):
-        if c in rows:
-            new.meta[c] = rows[c].to_numpy(dtype=np.float64)
+    new.meta = self.meta.assign(**{c: rows[c].combine_first(self.meta[c]) if c in self.meta else rows[c] for c in rows})
+    new.meta[['ra', 'dec']] = new.meta[['ra', 'dec']].astype(np.float64)
     return new

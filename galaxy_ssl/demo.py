@@ -180,7 +180,7 @@ def _sections(cs, run, table, untrained, columns, seed):
     colour = columns[0] if columns else None
     found = [('Galaxies', f'{cs!r}. The first two dozen.', show(cs, n=24)),
              ('Training', 'The loss on masked patches, and what a linear probe on the embedding predicts meanwhile.', plot_log(_rows(run), run.config['method'])),
-             ('Reconstruction', 'From left to right: what the survey saw, what the network was shown, what it made of it, and the difference. '
+             ('Reconstruction', 'From top to bottom: what the survey saw, what the network was shown, what it made of it, and the difference. '
               'Hidden patches are drawn with the true mean and spread of the patch where the loss is normalised per patch.', plot_reconstruction(run, good[:6], seed))]
     if columns:
         text = 'Linear probes of the frozen embedding, five-fold, with 95 % intervals, beside the two controls on the same folds.'

@@ -136,7 +136,7 @@ def _embed_to(out, run, cs, job, shard_size, max_bad, progress, world):
     with run_lock(parts) if world.first else nullcontext():
         if world.first:
             _same_job(parts, {**info, 'n': len(cs), 'shard_size': shard_size, 'batch_size': job['batch_size'],
-                              'ids': hashlib.sha256('\n'.join(cs.ids).encode()).hexdigest()})
+                              'ids': hashlib.sha256('\n'.join(cs.ids).encode()).hexdigest(), 'content': _content(cs)})
         if world.size > 1:
             dist.barrier()
         mine = [k for k in range(len(starts)) if k % world.size == world.rank]
@@ -161,6 +161,15 @@ def _embed_to(out, run, cs, job, shard_size, max_bad, progress, world):
                 bad.to_csv(tmp, index=False)
     shutil.rmtree(parts)
     return table
+
+def _content(cs):
+    "sha256 of the catalogue and of the pixels of 64 objects spread over the set."
+    rows = np.unique(np.linspace(0, len(cs) - 1, 64).astype(int))
+    h = hashlib.sha256(repr(list(cs.meta.columns)).encode())
+    h.update(pd.util.hash_pandas_object(cs.meta).to_numpy().tobytes())
+    for pixels in (cs.flux, cs.bad):
+        h.update(b'' if pixels is None else np.ascontiguousarray(pixels[rows]).tobytes())
+    return h.hexdigest()
 
 def _same_job(parts, job):
     "Remember what the shards are made of; refuse to mix two jobs."

@@ -137,6 +137,11 @@ def read_fits_folder(
             y0, x0 = (f.shape[1] - size)//2, (f.shape[2] - size)//2
             f.cards = None if f.cards is None else _shifted(f.cards, y0, x0)
     told = _survey_unit(first.header)
+    for k, what in ((0, 'survey'), (1, 'unit')):
+        odd = [f for f in facts if _survey_unit(f.header)[k] != told[k]]
+        if odd and (survey, unit)[k] is None:
+            raise CutoutError(folder, f'files of different {what}: {told[k]!r} in {first.path.name}, {_survey_unit(odd[0].header)[k]!r} in {odd[0].path.name}',
+                              f'Open them apart, or give {what}= if they are alike')
     meta = {'id': as_ids([_SUFFIX.sub('', f.path.name) for f in facts], folder), 'ra': [f.ra for f in facts], 'dec': [f.dec for f in facts]}
     cs = CutoutSet(Pixels(_Reader(facts, size, hdu), (len(facts), len(first.bands), *((size, size) if size else first.shape[1:]))), meta,
                    first.bands, told[0] if survey is None else survey, pixscale, told[1] if unit is None else unit,

@@ -15,7 +15,7 @@ import pandas as pd
 
 from .core import CutoutError, key_seed, nearest
 from .search import SimilarityIndex
-from .table import EmbeddingTable
+from .table import EmbeddingTable, in_order
 
 # %% ../nbs/53_latent.ipynb #94950ab7
 def _as_table(table, n_min):
@@ -97,6 +97,7 @@ def _colours(colour, table, n):
             columns = list(table.meta.columns) if isinstance(table, EmbeddingTable) else []
             raise CutoutError('colour', f'no column {colour!r}', nearest(colour, columns).strip() or f'The columns are {columns}; pass table=')
         return table.meta[colour].reset_index(drop=True), colour
+    colour = in_order(colour, table)
     values = pd.Series(colour.array if isinstance(colour, pd.Series) else colour)
     if len(values) != n:
         raise CutoutError('colour', f'{len(values)} values for {n} points', 'Give one per point')
@@ -169,7 +170,7 @@ def _draw_images(ax, xy, cutouts, n_cells):
     for row, image in zip(rows, flux):
         cell = np.minimum(((xy[row] - low)/step).astype(int), n_cells - 1)
         left, bottom = low + cell*step
-        picture = np.clip(np.nan_to_num(image)/255, 0, 1).transpose(1, 2, 0) if display else _thumbnail(image)
+        picture = np.clip(np.nan_to_num(image)/255, 0, 1).transpose(1, 2, 0)[::-1] if display else _thumbnail(image)
         ax.imshow(picture, extent=(left, left + .96*step[0], bottom, bottom + .96*step[1]), origin='lower', aspect='auto', zorder=3)
     # As many cells across as up, so a square box keeps the pictures square.
     ax.set_box_aspect(1)

@@ -16,7 +16,7 @@ import pandas as pd
 
 from .core import CutoutError, key_seed, keyed_rng, nearest
 from .pixels import PixelPCA, pixel_pca
-from .table import EmbeddingTable
+from .table import EmbeddingTable, in_order
 
 # %% ../nbs/50_probe.ipynb #3d3025e3
 _all_ = ['pixel_pca', 'PixelPCA']  # the control belongs to every score
@@ -38,6 +38,7 @@ def _labels(y, table, kind):
         y = table.meta[y]
     if np.ndim(y) != 1:
         raise CutoutError('y', f'labels must be one per object, got shape {np.shape(y)}', 'Give one column')
+    y = in_order(y, table)
     # Not np.asarray: it would turn a missing label among text into the word 'nan'.
     y = pd.Series(y.array if isinstance(y, pd.Series) else y)
     n = len(table)
@@ -233,7 +234,7 @@ def probe_score(
     y, known, kind = _labels(y, X, kind)
     _check_counts(y[known], kind, cv)
     target, classes = _encode(y, known, kind)
-    groups = None if groups is None else _group_codes(groups, known, cv)
+    groups = None if groups is None else _group_codes(in_order(groups, X), known, cv)
     splits = _folds(target, kind, cv, repeats, groups, seed)
     F, n_classes = _features(X)[known], 0 if classes is None else len(classes)
     rows, predicted = [], np.zeros(len(target), target.dtype)

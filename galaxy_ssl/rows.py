@@ -187,7 +187,16 @@ def write_rows(
     with open(path, 'r+b') as f:
         f.seek(offset)
         for part in slabs(len(pixels), 4*int(np.prod(pixels.shape[1:]))):
-            f.write(np.ascontiguousarray(pixels[part], dtype=dtype).data)
+            x = pixels[part]
+            with np.errstate(over='ignore'):
+                y = np.ascontiguousarray(x, dtype=dtype)
+            if y.dtype == np.float16 and _spoilt(x, y):
+                raise CutoutError(path, 'float16 cannot hold these pixels (it reaches from 6e-5 to 65504)', 'Save as float32, or change the unit')
+            f.write(y.data)
+
+def _spoilt(x, y):
+    "Whether storing `x` as the half-precision `y` overflows, or rounds most pixels towards zero."
+    return (np.isfinite(x) & ~np.isfinite(y)).any() or ((x != 0) & (np.abs(y) < 6.1e-5)).mean() > 0.5
 
 # %% ../nbs/01_rows.ipynb #01b326a0
 def find_rows(

@@ -19,7 +19,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .core import CutoutError, atomic_write, check_file, keyed_rng, nearest
-from .table import EmbeddingTable
+from .table import EmbeddingTable, in_order
 from .whitening import Whitening
 
 # %% ../nbs/52_search.ipynb #fdf082c7
@@ -285,7 +285,7 @@ def precision_at_k(
 )->float:                   # 0..1
     "Mean share of the `k` nearest neighbours with the label of the object."
     labels = index._fitted().meta[labels] if isinstance(labels, str) else labels
-    codes, _ = pd.factorize(np.asarray(labels))
+    codes, _ = pd.factorize(np.asarray(in_order(labels, index._fitted())))
     rows, _ = index.neighbours(k)
     known = codes >= 0
     return float((codes[rows] == codes[:, None])[known].mean())

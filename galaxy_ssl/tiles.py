@@ -8,6 +8,7 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/tiles.html.md"""
 __all__ = ['Tile', 'read_tile', 'sky_name', 'cut_tile', 'detect_sources', 'hubble_deep_field']
 
 # %% ../nbs/05_tiles.ipynb #167376ad
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -61,7 +62,13 @@ def _affine(ref, other, shape):
     return fit[:2].T, fit[2], shift, np.abs(design @ fit - to).max()
 
 def _resample(x, matrix, offset, shape):
-    "`x` on another grid; a pixel that would need missing data is NaN."
+    "`x` on another grid: the mean over each new pixel times its area, so that flux is conserved on coarser grids too."
+    k = max(1, math.ceil(np.sqrt(abs(np.linalg.det(matrix))) - 1e-6))
+    out = _sample(x, matrix/k, offset + matrix @ np.full(2, 0.5/k - 0.5), (shape[0]*k, shape[1]*k))
+    return out.reshape(shape[0], k, shape[1], k).sum((1, 3))
+
+def _sample(x, matrix, offset, shape):
+    "`x` interpolated at the pixels of another grid; a pixel that would need missing data is NaN."
     from scipy.ndimage import affine_transform
     gone = ~np.isfinite(x)
     out = affine_transform(np.where(gone, 0, x), matrix, offset, shape, np.float32, order=3, mode='constant', cval=np.nan)

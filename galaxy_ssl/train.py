@@ -18,7 +18,6 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
@@ -26,7 +25,7 @@ from fastcore.basics import patch
 
 from .batch import Loader, fit_preprocess, to_device
 from .callbacks import CALLBACKS, Figures, ProgressBar
-from .catalogs import split_groups, split_sky
+from .catalogs import hold_out
 from .config import TrainConfig, check_config, parse_args
 from .core import CutoutError, atomic_write, resolve, run_lock
 from .cutouts import CutoutSet, open_cutouts
@@ -95,25 +94,14 @@ def split_off(
     cs:CutoutSet,     # everything
     cfg:TrainConfig,  # val_fraction and seed
 ):                    # training set, validation set or None, Series id -> 'train' | 'val'
-    "Hold out a validation split that shares no sky with the training split."
+    "Hold out a validation split; no object is in both."
     if cfg.val_fraction == 0 or len(cs) < 2:
         return cs, None, pd.Series('train', index=cs.meta.index, name='split').to_frame()
-    how = dict(fractions=(1 - cfg.val_fraction, cfg.val_fraction), names=('train', 'val'), seed=cfg.seed)
-    placed = np.isfinite(cs.meta[['ra', 'dec']]).all(axis=1)
-    parts = [split_sky(cs.meta[placed], cell_deg=_cell(cs.meta[placed]), **how)] if placed.any() else []
-    parts += [split_groups(cs.meta[~placed], **how)] if not placed.all() else []
-    split = pd.concat(parts).loc[cs.meta.index]
-    if (split == 'train').sum() == 0:
-        raise CutoutError('val_fraction', f'{cfg.val_fraction} leaves no training objects of {len(cs)}', 'Use a smaller fraction, or 0')
+    split = hold_out(cs.meta, cfg.val_fraction, cfg.seed)
     if not (split == 'val').any():
         warnings.warn(f'val_fraction {cfg.val_fraction} holds out none of {len(cs)} objects: there will be no validation loss')
     val = cs[(split == 'val').to_numpy()] if (split == 'val').any() else None
-    return cs[(split == 'train').to_numpy()], val, split.rename('split').to_frame()
-
-def _cell(meta):
-    "Side of a sky cell in degrees: 0.1, or less where the whole field is small, so that there are some hundred cells."
-    width = np.ptp(meta.ra)*np.cos(np.deg2rad(meta.dec.mean()))
-    return float(np.clip(np.sqrt(max(width*np.ptp(meta.dec), 0)/400), 10/3600, 0.1))
+    return cs[(split == 'train').to_numpy()], val, split.to_frame()
 
 def _saved(cfg):
     "The settings as they are stored: plain JSON types."
@@ -184,8 +172,11 @@ def train_step(self:Trainer, batches):
             loss.backward()
         total = total + loss.detach().double()
         ids += batch['id']
+    grads = [p.grad for p in self.run.method.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
     if cfg.clip is not None:
-        torch.nn.utils.clip_grad_norm_(self.run.method.parameters(), cfg.clip)
+        torch.nn.utils.clip_grads_with_norm_(self.run.method.parameters(), cfg.clip, norm)
+    total = torch.where(norm.isfinite(), total, math.nan)
     self.check_pending()
     self.pending = (self.step, total, ids)
     self.optimizer.step()
