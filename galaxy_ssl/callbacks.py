@@ -11,6 +11,7 @@ __all__ = ['CALLBACKS', 'Callback', 'ProgressBar', 'plot_log', 'save_figure', 'F
 # %% ../nbs/31_callbacks.ipynb #3b8b7cde
 import importlib
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ class ProgressBar(Callback):
     def on_start(self, trainer):
         from tqdm.auto import tqdm
         self.bar = tqdm(total=trainer.total_steps*trainer.cfg.batch_size, initial=trainer.step*trainer.cfg.batch_size,
-                        desc=trainer.cfg.method, unit='img', unit_scale=True, mininterval=0.5)
+                        desc=trainer.cfg.method, unit='img', unit_scale=True, mininterval=0.5 if in_jupyter() or sys.stderr.isatty() else 15)
 
     def on_step(self, trainer, images):
         self.bar.update(images)

@@ -35,7 +35,7 @@ class DemoArgs:
     "Cut, pre-train, embed, search, map and rank; ends in one page. Example: galaxy_ssl demo --out demo"
     data: str|None = None         # cutouts of your own; None = the Hubble eXtreme Deep Field
     out: str = 'galaxy_ssl_demo'  # folder for everything written
-    passes: int = 60_000          # images shown to the network in all
+    passes: int = 40_000          # images shown to the network in all
     seed: int = 0                 # of everything random
 
 @dataclass

@@ -44,7 +44,8 @@ class CutoutError(ValueError):
     def __str__(self):
         where = self.path if self.key is None else f'{self.path}[{self.key}]'
         text = f'{where}: {self.reason.rstrip(".")}.'
-        return f'{text} {self.hint.rstrip(".")}.' if self.hint else text
+        hint = self.hint.rstrip('.')
+        return f'{text} {hint}{"" if hint.endswith("?") else "."}' if hint else text
 
 # %% ../nbs/00_core.ipynb #507ae31a
 def nearest(

@@ -137,7 +137,7 @@ def _network_size(cs):
 def demo(
     data=None,                  # cutouts of your own; None = the Hubble eXtreme Deep Field
     out='galaxy_ssl_demo',      # folder for everything written
-    passes:int=60_000,          # images shown to the network in all
+    passes:int=40_000,          # images shown to the network in all
     most:int=5000,              # objects used at most
     seed:int=0,                 # of everything random
 )->Path:                        # the report
@@ -156,6 +156,8 @@ def demo(
     print(f'2/5  Pre-training a masked autoencoder, {cfg.epochs} epochs')
     probes = [OnlineProbe(cs, columns[0], every=max(1, cfg.epochs//8))] if columns else []
     run = train(cfg, cs, callbacks=[ProgressBar(), Figures(every=0), *probes])
+    if not run.finished:
+        raise KeyboardInterrupt('the demo was stopped; run it again to go on')
     print('3/5  Embedding')
     table = embed_cutouts(run, cs, out=out/'embeddings.parquet', progress=False)
     untrained = embed_cutouts(run.untrained(seed), cs, progress=False)

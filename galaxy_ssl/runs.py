@@ -143,6 +143,7 @@ class Run:
     config: dict            # content of config.json
     method: SSLMethod       # in eval mode, on the CPU
     preprocess: Preprocess
+    finished: bool = True   # False when `train` was stopped before the last step
 
     @property
     def bands(self):
@@ -162,7 +163,7 @@ class Run:
 
     def __repr__(self):
         n = sum(p.numel() for p in self.method.parameters())
-        return f"Run {self.folder}: {self.config['method']}, {n/1e6:.2f} M parameters, bands {','.join(self.bands)}, {self.preprocess.size} px"
+        return f"Run {self.folder}: {self.config['method']}, {n/1e6:.2f} M parameters, bands {','.join(self.bands)}, {self.preprocess.size} px{'' if self.finished else ', not finished'}"
 
 # %% ../nbs/30_runs.ipynb #c7211e02
 def load_state(

@@ -289,7 +289,7 @@ def show_reconstruction(
     top_first=False,  # True for display composites: row 0 is the top row
     titles=None,      # one text per object
 ):                    # matplotlib Figure
-    "Image, hidden, reconstruction and residual of the first `n` objects, one below the other."
+    "Image, visible part, reconstruction and residual of the first `n` objects, one below the other."
     import matplotlib.pyplot as plt
     image, recon, hidden = (np.asarray(a)[:n] for a in (image, recon, hidden))
     for name, a in (('recon', recon), ('hidden', hidden)):
@@ -312,7 +312,7 @@ def show_reconstruction(
             axes[0, j].set_title(_fit(str(list(titles)[j]), 1.2, 7), fontsize=7, pad=2)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
-    for ax, name in zip(axes[:, 0], ('image', 'hidden', 'reconstruction', 'residual')):
+    for ax, name in zip(axes[:, 0], ('image', 'visible', 'reconstruction', 'residual')):
         ax.set_ylabel(name, fontsize=8)
     fig.subplots_adjust(0.5/(1.2*n + 0.5), 0.01, 0.9 if n > 2 else 0.85, 0.96, 0.04, 0.04)
     _colour_bar(fig, drawn, axes[3, -1])

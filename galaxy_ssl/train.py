@@ -278,7 +278,7 @@ def fit(self:Trainer):
             n = self.train_step([next(batches) for _ in range(cfg.accum)])
             images += n*self.world.size
             self.tell('on_step', n*self.world.size)
-            if self.step % cfg.log_every == 0:
+            if self.step % cfg.log_every == 0 or self.step % self.steps_per_epoch == 0:
                 self.log_step(images)
                 self.clock, images = time.perf_counter(), 0
             if self.step % self.steps_per_epoch == 0:
@@ -328,13 +328,15 @@ def train(
                 callbacks = [ProgressBar(), Figures(cfg.figure_every), *(resolve(CALLBACKS[t])() for t in cfg.track)]
             trainer = Trainer(cfg, cs, world, stop, callbacks)
             trainer.build()
+            if world.first and 0 < trainer.step < trainer.total_steps:
+                print(f'Resuming at step {trainer.step} of {trainer.total_steps}.')
             done = trainer.step == trainer.total_steps or trainer.fit()
             if world.first and not done:
                 print(f'Stopped and saved at step {trainer.step} of {trainer.total_steps}. Run the same command again to go on.')
             if world.size > 1:
                 dist.barrier()
     run = trainer.run
-    return Run(folder, read_config(folder), run.method.cpu().eval(), run.preprocess.cpu())
+    return Run(folder, read_config(folder), run.method.cpu().eval(), run.preprocess.cpu(), finished=done)
 
 def _clear(folder, cfg):
     "Remove what is left of an attempt that saved nothing, or of a whole run if asked to; refuse what cannot be resumed."
@@ -360,6 +362,8 @@ def main(argv=None):
         raise SystemExit(f'galaxy_ssl train: {e}') from e
     if int(os.environ.get('RANK', 0)) == 0:
         print(run)
+    if not run.finished:
+        raise SystemExit(130)
 
 if __name__ == '__main__' and '__file__' in globals():
     main()
