@@ -46,7 +46,7 @@ def test_every_notebook_is_staged(staged):
 def test_every_public_name_is_documented(staged):
     for notebook in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')):
         module = (ROOT/'galaxy_ssl'/f"{re.sub(r'^[0-9]+_', '', notebook.stem)}.py").read_text()
-        names = re.search(r'__all__ = \\[(.*?)\\]'.replace('\\\\', '\\'), module, re.S)
+        names = re.search(r'__all__ = \[(.*?)\]', module, re.S)
         text = (staged/'_proc'/notebook.name).read_text()
         for name in re.findall(r"'(\w+)'", names[1] if names else ''):
             if re.search(rf'^(def|class) {name}\b', module, re.M):
