@@ -97,7 +97,8 @@ def probe_table(
     for name in columns:
         y = cs.meta[name].to_numpy()
         got = compare({'pre-trained': table, 'untrained encoder': untrained, 'pixel PCA': pixel_pca(cs)}, y, control='untrained encoder')
-        rows.append(got.reset_index().assign(predicts=name))
+        got = got[['mean', 'low', 'high', 'difference', 'difference_low', 'difference_high']].reset_index(names='representation')
+        rows.append(got.assign(predicts=name)[['predicts', *got.columns]])
     return pd.concat(rows, ignore_index=True)
 
 # %% ../nbs/84_demo.ipynb #f77647a7

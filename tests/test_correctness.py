@@ -646,7 +646,7 @@ def test_line10_a_comparison_carries_controls_and_intervals(run, galaxies):
 def test_line10_the_table_of_the_demo_carries_controls_and_intervals(run, galaxies):
     got = probe_table(galaxies, embed(run, galaxies), embed(run.untrained(), galaxies), ['z_true', 'mag_r'])
     assert got.predicts.value_counts().to_dict() == {'z_true': 3, 'mag_r': 3}
-    assert set(got.name) == {'pre-trained', 'untrained encoder', 'pixel PCA'}
+    assert set(got.representation) == {'pre-trained', 'untrained encoder', 'pixel PCA'}
     assert (got.low < got['mean']).all() and (got['mean'] < got.high).all()
 
 
