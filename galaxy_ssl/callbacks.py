@@ -131,6 +131,7 @@ class Figures(Callback):
             else:
                 self._shown[name] = display(fig, display_id=True)
 
+# %% ../nbs/31_callbacks.ipynb #168f95a6
 def in_jupyter():
     "Whether this code runs in a Jupyter kernel."
     from IPython import get_ipython

@@ -135,6 +135,7 @@ def _network_size(cs):
     size = min(64, side//8*8)
     return size, 4 if size <= 40 else 8
 
+# %% ../nbs/84_demo.ipynb #b1f9f741
 def demo(
     data=None,                  # cutouts of your own; None = the Hubble eXtreme Deep Field
     out='galaxy_ssl_demo',      # folder for everything written
@@ -174,6 +175,7 @@ def demo(
     print(f'Done in {time.perf_counter() - began:.0f} s: open {out/"report.html"}\n\nNext:\n' + '\n'.join(f'  {c}' for c in next_commands(out, cfg)))
     return out/'report.html'
 
+# %% ../nbs/84_demo.ipynb #178b047b
 def _sections(cs, run, table, untrained, columns, seed):
     "Heading, text and figure or table of every part of the report."
     good = cs[table.ids]
@@ -200,6 +202,7 @@ def _rows(run):
     "The log without the empty cells a DataFrame puts in."
     return [{k: v for k, v in r.items() if not (isinstance(v, float) and np.isnan(v))} for r in run.log().to_dict('records')]
 
+# %% ../nbs/84_demo.ipynb #972bd742
 def next_commands(
     out,  # folder of the demo
     cfg,  # its TrainConfig

@@ -171,6 +171,7 @@ def _content(cs):
         h.update(b'' if pixels is None else np.ascontiguousarray(pixels[rows]).tobytes())
     return h.hexdigest()
 
+# %% ../nbs/41_embed.ipynb #8d0a602d
 def _same_job(parts, job):
     "Remember what the shards are made of; refuse to mix two jobs."
     path = parts/'job.json'
@@ -180,6 +181,7 @@ def _same_job(parts, job):
     with atomic_write(path) as tmp:
         tmp.write_text(json.dumps(job))
 
+# %% ../nbs/41_embed.ipynb #8cdc95ea
 def _embed_shard(parts, k, run, cs, job, info, bar):
     "Embed and write one shard; objects without a valid pixel go to its list. Returns how many those are."
     X, good = embed_rows(run, cs, **job, advance=bar.update)

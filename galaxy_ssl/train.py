@@ -132,6 +132,7 @@ def restore(self:Trainer):
             with atomic_write(self.folder/name) as tmp:
                 tmp.write_text(''.join(json.dumps(r) + '\n' for r in rows))
 
+# %% ../nbs/32_train.ipynb #5dfe7edc
 @patch
 def save(self:Trainer):
     "Save what a resumed run needs, and the weights for everyone else."
@@ -185,6 +186,7 @@ def train_step(self:Trainer, batches):
     self.run.method.after_step(self.step, self.total_steps)
     return len(ids)
 
+# %% ../nbs/32_train.ipynb #3f23d748
 @patch
 def check_pending(self:Trainer):
     "Stop if the loss of the last step was not finite, else add it to the log window."
