@@ -125,7 +125,9 @@ def restore(self:Trainer):
     state = load_resume(self.folder/'resume.pt')
     load_state(self.run.method, state['model'], self.folder/'resume.pt')
     self.optimizer.load_state_dict(state['optimizer'])
-    self.step, self.best, self.window = state['step'], state['best'], state['windows'][self.world.rank]
+    self.step, self.best = state['step'], state['best']
+    same = len(state['windows']) == self.world.size  # a run may go on with another number of processes, though not to the bit
+    self.window = state['windows'][self.world.rank] if same else sum(state['windows'])/self.world.size
     if self.world.first:
         for name in ('log.jsonl', 'speed.jsonl'):
             rows = [r for r in read_log(self.folder/name) if r['step'] <= self.step]
