@@ -25,6 +25,7 @@ from .embed import embed_cutouts
 from .latent import plot_map, umap_map
 from .outliers import outlier_scores
 from .probe import compare, pixel_pca
+from .runs import read_log
 from .search import SimilarityIndex
 from .show import rgb, show
 from .tiles import hubble_deep_field
@@ -164,7 +165,7 @@ def demo(
     table = embed_cutouts(run, cs, out=out/'embeddings.parquet', progress=False)
     untrained = embed_cutouts(run.untrained(seed), cs, progress=False)
     print('4/5  Search, map, outliers')
-    sections = _sections(cs, run, table, untrained, columns, seed)
+    sections = _sections(cs, run, table, untrained, columns, seed, hubble=data is None)
     print('5/5  Report')
     for heading, _, thing in sections:
         if isinstance(thing, Figure):
@@ -176,7 +177,7 @@ def demo(
     return out/'report.html'
 
 # %% ../nbs/84_demo.ipynb #178b047b
-def _sections(cs, run, table, untrained, columns, seed):
+def _sections(cs, run, table, untrained, columns, seed, hubble):
     "Heading, text and figure or table of every part of the report."
     good = cs[table.ids]
     scores = outlier_scores(table, seed=seed)
@@ -184,12 +185,12 @@ def _sections(cs, run, table, untrained, columns, seed):
     oddest = scores.sort_values('rank').index[:12].tolist()
     colour = columns[0] if columns else None
     found = [('Galaxies', f'{cs!r}. The first two dozen.', show(cs, n=24)),
-             ('Training', 'The loss on masked patches, and what a linear probe on the embedding predicts meanwhile.', plot_log(_rows(run), run.config['method'])),
+             ('Training', 'The loss on masked patches, and what a linear probe on the embedding predicts meanwhile.', plot_log(read_log(run.folder/'log.jsonl'), run.config['method'])),
              ('Reconstruction', 'From top to bottom: what the survey saw, what the network was shown, what it made of it, and the difference. '
               'Hidden patches are drawn with the true mean and spread of the patch where the loss is normalised per patch.', plot_reconstruction(run, good[:6], seed))]
     if columns:
         text = 'Linear probes of the frozen embedding, five-fold, with 95 % intervals, beside the two controls on the same folds.'
-        if 'axis_ratio' in columns:
+        if hubble:
             text += ' Flattening is hard here: most sources of the Hubble picture are two or three pixels wide.'
         found.append(('Probe', text, probe_table(cs, table, untrained, columns)))
     found += [('Neighbours', 'Each row: a galaxy and those the encoder finds most like it.', neighbour_figure(good, table, spread_queries(table, seed=seed))),
@@ -197,10 +198,6 @@ def _sections(cs, run, table, untrained, columns, seed):
                plot_map(xy, table.meta[colour] if colour else None)),
               ('Outliers', 'The twelve with the highest mean rank over four outlier scores.', show(good[oddest], n=12))]
     return found
-
-def _rows(run):
-    "The log without the empty cells a DataFrame puts in."
-    return [{k: v for k, v in r.items() if not (isinstance(v, float) and np.isnan(v))} for r in run.log().to_dict('records')]
 
 # %% ../nbs/84_demo.ipynb #972bd742
 def next_commands(
