@@ -29,6 +29,7 @@ class Pixels:
         dtype=np.float32,  # what indexing returns
         rows=None,         # the rows of `read` seen here
         bands=None,        # the bands of `read` seen here
+        blocks=None,       # (rows seen here,) int, rows that are cheap to read together; None = any row is as near as any other
     ):
         self.read = read
         self.dtype = np.dtype(dtype)
@@ -37,6 +38,9 @@ class Pixels:
         n_bands = shape[1] if self.bands is None else len(self.bands)
         self.shape = (len(self.rows), n_bands, *shape[2:])
         self._full = tuple(shape)
+        self.blocks = None if blocks is None else np.asarray(blocks)
+        if blocks is not None and (self.blocks.shape != (len(self),) or self.blocks.dtype.kind not in 'iu'):
+            raise CutoutError('blocks', f'shape {self.blocks.shape} of {self.blocks.dtype} for {len(self)} rows', 'Give one integer per row')
 
     def __len__(self):
         return len(self.rows)
@@ -61,7 +65,8 @@ class Pixels:
     ):
         "The same pixels, fewer rows or bands; nothing is read."
         own = range(self._full[1]) if self.bands is None else self.bands
-        return Pixels(self.read, self._full, self.dtype, self.rows[rows], own if bands is None else [own[b] for b in bands])
+        return Pixels(self.read, self._full, self.dtype, self.rows[rows], own if bands is None else [own[b] for b in bands],
+                      None if self.blocks is None else self.blocks[rows])
 
 # %% ../nbs/01_rows.ipynb #1f659097
 def as_pixels(
@@ -95,7 +100,15 @@ def join_rows(
         for k in np.unique(which):
             out[which == k] = parts[k][rows[which == k] - starts[k]]
         return out
-    return Pixels(read, (starts[-1], *parts[0].shape[1:]), parts[0].dtype)
+    return Pixels(read, (starts[-1], *parts[0].shape[1:]), parts[0].dtype, blocks=_join_blocks(parts))
+
+def _join_blocks(parts):
+    "The blocks of all parts under numbers of their own; a part without blocks is one block."
+    if all(p.blocks is None for p in parts):
+        return None
+    own = [np.zeros(len(p), int) if p.blocks is None else np.unique(p.blocks, return_inverse=True)[1] for p in parts]
+    starts = np.cumsum([0, *(o.max(initial=-1) + 1 for o in own)])
+    return np.concatenate([o + start for o, start in zip(own, starts)])
 
 # %% ../nbs/01_rows.ipynb #1fddc6d7
 class MappedRows:
