@@ -195,7 +195,7 @@ def match_sky(
         i, j, sep = i[first], j[first], sep[first]
     return (rows1[i], rows2[j], sep) if separation else (rows1[i], rows2[j])
 
-# %% ../nbs/06_catalogs.ipynb #9df137bd
+# %% ../nbs/06_catalogs.ipynb #9fb3c142
 def rows_of_objects(
     meta:pd.DataFrame,  # ra and dec in degrees, index id
     catalog,            # DataFrame or catalogue file
