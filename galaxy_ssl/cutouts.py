@@ -11,6 +11,7 @@ __all__ = ['LAYOUTS', 'Cutout', 'CutoutSet', 'open_cutouts', 'concat', 'Pixels',
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 
 import h5py
@@ -21,7 +22,7 @@ from astropy.wcs import WCS, FITSFixedWarning
 from fastcore.basics import patch
 
 from .core import CutoutError, as_ids, nearest, open_h5, resolve
-from .rows import MappedRows, Pixels, as_pixels, catalog_rows, find_rows, join_rows
+from .rows import MappedRows, Pixels, as_pixels, find_rows, join_rows
 from .surveys import order_bands
 
 # %% ../nbs/02_cutouts.ipynb #5792b81c
@@ -212,36 +213,61 @@ LAYOUTS = {
     'rgb-stack': 'galaxy_ssl.layouts:open_rgb_stack',
     'fits': 'galaxy_ssl.folders:open_fits',
 }
+_LISTED = ('fits',)  # layouts of one object per file: their openers also take a list of files
+_PARTS = (('.h5', '.hdf5'),)  # files that hold many objects, in the order in which a folder is searched for them
 
 def open_cutouts(
-    path,               # file, folder, or a list of them opened as one set
+    path,               # file, folder, pattern ('sky/*.h5'), or a list of them opened as one set
     layout:str=None,    # key of `LAYOUTS`; None = find out
-    catalog=None,       # DataFrame or catalogue file joined by id
+    catalog=None,       # DataFrame or catalogue file, joined by id, or by position where no ids are shared
     bands=None,         # names of the bands wanted (or their names, where the file has none)
+    size:int=None,      # pixels; cut, or pad with NaN, every cutout to size x size; None = all must agree
     strict:bool=False,  # True = the first bad file is an error; False = bad files are listed in `bad_files`
 )->CutoutSet:
     "Open cutouts of any known layout."
-    if isinstance(path, (list, tuple)):
-        return concat([open_cutouts(p, layout, catalog, bands, strict) for p in path])
-    path = Path(path)
     if layout is not None and layout not in LAYOUTS:
         raise CutoutError('layout', f'unknown layout {layout!r}', f'Known: {", ".join(LAYOUTS)}.{nearest(layout, LAYOUTS)}')
+    bands = (bands,) if isinstance(bands, str) else bands
+    found = _expand(path)
+    cs = (_open_many if isinstance(found, list) else _open_one)(found, layout, bands, size, strict)
+    cs = cs if catalog is None else cs.join_catalog(catalog, strict)
+    return cs if bands is None else cs.select(bands)
+
+def _expand(path):
+    "A pattern or a list as a list of paths, anything else as one path."
+    if isinstance(path, (list, tuple)):
+        found = [Path(p) for p in path]
+    elif set('*?[') & set(str(path)) and not Path(path).exists():
+        found = sorted(Path(p) for p in glob(str(path), recursive=True))
+    else:
+        return Path(path)
+    if not found:
+        raise CutoutError(path, 'no file matches', 'Check the pattern or the list')
+    return found
+
+# %% ../nbs/02_cutouts.ipynb #f6b6279c
+def _open_one(path, layout, bands, size, strict):
+    "One file or folder."
     if not path.exists():
         raise CutoutError(path, 'no such file or folder', 'Check the path')
     if path.is_file() and path.stat().st_size == 0:
         raise CutoutError(path, 'empty file (0 bytes)', 'Download or write it again')
-    if path.is_dir() and layout is None:
-        parts = sorted(p for ext in ('*.h5', '*.hdf5') for p in path.glob(ext))
-        if parts:
-            with _naming(path):
-                return concat([open_cutouts(p, None, catalog, bands, strict) for p in parts])
+    if path.is_dir() and layout not in _LISTED and (parts := _parts(path)):
+        return _open_many(parts, layout, bands, size, strict)
     for name in [layout] if layout else LAYOUTS:
         with _naming(path):
-            cs = resolve(LAYOUTS[name])(path, bands=bands, strict=strict)
-        if cs is not None:
-            cs = cs if catalog is None else cs.join_catalog(catalog, strict)
-            return cs if bands is None else cs.select(bands)
+            cs = resolve(LAYOUTS[name])(path, bands=bands, size=size, strict=strict)
+            if cs is not None:
+                return cs if size is None else cs.fit(size)
     raise CutoutError(path, _not_known(path), f'Known layouts: {", ".join(LAYOUTS)}')
+
+def _parts(folder):
+    "The files of many objects in a folder, or in the folders in it."
+    for kinds in _PARTS:
+        for level in ('', '*/'):
+            parts = sorted(p for kind in kinds for p in folder.glob(f'{level}*{kind}') if not p.name.startswith('.'))
+            if parts:
+                return parts
 
 @contextmanager
 def _naming(path):
@@ -263,35 +289,136 @@ def _not_known(path):
     with open(path, 'rb') as f:
         return f'not a known file of cutouts: starts with {f.read(15)!r}'
 
+# %% ../nbs/02_cutouts.ipynb #dbeb6f07
+class _Fitted:
+    "Rows of other pixels, cut or padded about their centre."
+
+    def __init__(self,
+        pixels,    # `Pixels`
+        size:int,  # pixels of each side
+        fill,      # value beyond the edge
+    ):
+        self.pixels, self.size, self.fill = pixels, size, fill
+        self.corner = [(n - size)//2 for n in pixels.shape[2:]]
+
+    def __call__(self, rows):
+        x = self.pixels[rows]
+        y0, x0 = self.corner
+        inside = x[..., max(y0, 0):y0 + self.size, max(x0, 0):x0 + self.size]
+        if inside.shape[2:] == (self.size, self.size):
+            return inside
+        out = np.full((*x.shape[:2], self.size, self.size), self.fill, x.dtype)
+        h, w = inside.shape[2:]
+        out[..., max(-y0, 0):max(-y0, 0) + h, max(-x0, 0):max(-x0, 0) + w] = inside
+        return out
+
+@patch
+def fit(self:CutoutSet,
+    size:int,  # pixels
+)->CutoutSet:
+    "The same objects, cut or padded to size x size about their centre; nothing is read."
+    if not isinstance(size, (int, np.integer)) or size < 1:
+        raise CutoutError('size', f'{size!r} pixels', 'Give a positive whole number')
+    h, w = self.shape[2:]
+    if (h, w) == (size, size):
+        return self
+    new = self[:]
+    for name, fill in {'flux': np.nan, 'bad': True, 'ivar': 0}.items():
+        old = getattr(self, name)
+        if old is not None:
+            setattr(new, name, Pixels(_Fitted(old, size, fill), (*self.shape[:2], size, size), old.dtype, blocks=old.blocks))
+    odd = (h - size) % 2 or (w - size) % 2
+    if odd or self.headers is not None:
+        new.headers = [self._shifted(i, (h - size)//2, (w - size)//2) for i in range(len(self))]
+    return new
+
+@patch
+def _shifted(self:CutoutSet, i, y0, x0):
+    "Header cards of object `i` once its first pixel is (y0, x0); None if its place on the sky is unknown."
+    header = None if self.headers is None else self.headers[i]
+    if header is None and not np.isfinite([self.meta.ra.iloc[i], self.meta.dec.iloc[i], self.pixscale]).all():
+        return None
+    header = self.wcs(i).to_header() if header is None else fits.Header.fromstring(header)
+    header['CRPIX1'] -= x0
+    header['CRPIX2'] -= y0
+    return header.tostring()
+
 # %% ../nbs/02_cutouts.ipynb #1ebb18c5
 def concat(
-    sets,  # `CutoutSet`s of the same bands, size, unit and survey
+    sets,        # `CutoutSet`s of the same bands, size, unit and survey
+    names=None,  # of the sets, in errors and before ids that occur in several; None = ids must be unique
 )->CutoutSet:
     "Many sets as one; nothing is read."
     sets = list(sets)
     if not sets:
         raise CutoutError('concat', 'no sets given', 'Give at least one')
     first = sets[0]
-    for other in sets[1:]:
-        for name in ('bands', 'unit', 'survey'):
-            if getattr(other, name) != getattr(first, name):
-                raise CutoutError('concat', f'{name} differ: {getattr(first, name)} and {getattr(other, name)}', 'Open them as separate sets')
-        if other.shape[2:] != first.shape[2:] or not np.allclose(other.pixscale, first.pixscale, equal_nan=True):
-            raise CutoutError('concat', f'sizes or pixel scales differ: {first!r} and {other!r}', 'Bring them to one pixel grid first')
+    _agree(sets, names or [f'set {i}' for i in range(len(sets))])
+    for name in ('ivar', 'psf_fwhm'):
+        have = sum(getattr(s, name) is not None for s in sets)
+        if 0 < have < len(sets):
+            warnings.warn(f'{name} is known for {have} of {len(sets)} parts and left out')
     parts = {k: join_rows([getattr(s, k) for s in sets]) for k in ('flux', 'ivar') if all(getattr(s, k) is not None for s in sets)}
     if any(s.bad is not None for s in sets):
         parts['bad'] = join_rows([_no_bad(s) if s.bad is None else s.bad for s in sets])
     whole = all(s.psf_fwhm is not None for s in sets)
     headed = any(s.headers is not None for s in sets)
     headers = [h for s in sets for h in (s.headers or [None]*len(s))] if headed else None
-    out = CutoutSet(**parts, meta=pd.concat([s.meta for s in sets]), bands=first.bands, survey=first.survey, pixscale=first.pixscale,
+    meta = pd.concat([s.meta for s in sets])
+    if names is not None and meta.index.has_duplicates:
+        meta.index = _told_apart(meta.index, np.repeat(names, [len(s) for s in sets]))
+    out = CutoutSet(**parts, meta=meta, bands=first.bands, survey=first.survey, pixscale=first.pixscale,
                     unit=first.unit, psf_fwhm=np.concatenate([s.psf_fwhm for s in sets]) if whole else None, headers=headers)
     out.bad_files = pd.concat([s.bad_files for s in sets], ignore_index=True)
     return out
 
+def _agree(sets, names):
+    "Raise unless all sets have the same bands, unit, survey, size and pixel scale."
+    first = sets[0]
+    hints = {'bands': 'Choose those all have with bands=', 'unit': 'Open them as separate sets', 'survey': 'Open them as separate sets',
+             'size': 'Give size= to cut or pad them alike', 'pixscale': 'Bring them to one pixel grid first'}
+    for other, name in zip(sets[1:], names[1:]):
+        for what, hint in hints.items():
+            a, b = ([s.shape[2:] for s in (first, other)] if what == 'size' else [getattr(s, what) for s in (first, other)])
+            if not (np.isclose(a, b, rtol=1e-3, equal_nan=True) if what == 'pixscale' else a == b):
+                raise CutoutError(name, f'{what} differ: {a} in {names[0]}, {b} in {name}', hint)
+
+def _told_apart(ids, names):
+    "Ids that occur in several parts, preceded by the name of their part."
+    twice = ids.duplicated(keep=False)
+    warnings.warn(f'{ids[twice].nunique()} ids occur in several files and are preceded by the name of the file, first: {names[twice][0]}:{ids[twice][0]}')
+    return pd.Index(np.where(twice, [f'{n}:{i}' for n, i in zip(names, ids)], ids), name='id', dtype=object)
+
 def _no_bad(cs):
     "The mask of a set that came without one."
     return Pixels(lambda rows: np.zeros((len(rows), *cs.shape[1:]), bool), cs.shape, bool)
+
+# %% ../nbs/02_cutouts.ipynb #e3bbe6f3
+def _open_many(paths, layout, bands, size, strict):
+    "Several files as one set."
+    for name in [layout] if layout else _LISTED:
+        if name in _LISTED and (cs := resolve(LAYOUTS[name])(paths, bands=bands, size=size, strict=strict)) is not None:
+            return cs
+    sets, bad = {}, []
+    for p in paths:
+        try:
+            sets[p] = _open_one(p, layout, bands, size, strict)
+        except CutoutError as e:
+            if strict or len(paths) == 1:
+                raise
+            bad.append({'path': str(p), 'reason': str(e)})
+    if not sets:
+        raise CutoutError(paths[0].parent, f'none of {len(paths)} files can be read', f'The first: {bad[0]["reason"]}')
+    cs = concat(sets.values(), _short_names(list(sets)))
+    if bad:
+        cs.bad_files = pd.concat([cs.bad_files, pd.DataFrame(bad)], ignore_index=True)
+        warnings.warn(f'{len(bad)} of {len(paths)} files cannot be read and are left out; see bad_files. The first: {bad[0]["reason"]}')
+    return cs
+
+def _short_names(paths):
+    "File names without suffix; with their folders where that is needed to tell them apart."
+    names = [p.stem for p in paths]
+    return names if len(set(names)) == len(names) else [str(p.with_suffix('')) for p in paths]
 
 # %% ../nbs/02_cutouts.ipynb #25eb0e91
 @patch
@@ -300,9 +427,7 @@ def join_catalog(self:CutoutSet,
     strict:bool=False,  # True = every object must have a row and every row an object
 )->CutoutSet:
     "The same set with the catalogue's columns."
-    if not isinstance(catalog, pd.DataFrame):
-        catalog = resolve('galaxy_ssl.catalogs:read_catalog')(catalog)
-    rows = catalog_rows(self.meta.index, catalog, strict)
+    rows = resolve('galaxy_ssl.catalogs:rows_of_objects')(self.meta, catalog, strict)
     new = self[:]
     new.meta = self.meta.assign(**{c: rows[c].combine_first(self.meta[c]) if c in self.meta else rows[c] for c in rows})
     new.meta[['ra', 'dec']] = new.meta[['ra', 'dec']].astype(np.float64)

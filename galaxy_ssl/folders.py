@@ -176,16 +176,19 @@ def read_cutout(
     return cs[0]
 
 def open_fits(
-    path,               # a FITS file or a folder of them
+    path,               # a FITS file, a folder of them, or a list of files
     bands=None,         # names wanted
+    size:int=None,      # cut or pad every file to size x size about its centre
     strict:bool=False,  # True = the first bad file is an error
 )->CutoutSet|None:      # None if there is no FITS here
     "FITS as a layout of `open_cutouts`."
+    if isinstance(path, (list, tuple)):
+        return read_fits_folder(path, bands, strict=strict, size=size) if all(_SUFFIX.search(Path(p).name) for p in path) else None
     path = Path(path)
     if path.is_dir():
-        return read_fits_folder(path, bands, strict=strict) if _list_fits(path) else None
+        return read_fits_folder(path, bands, strict=strict, size=size) if _list_fits(path) else None
     with open(path, 'rb') as f:
         magic = f.read(9)
     if _SUFFIX.search(path.name) or magic == b'SIMPLE  =':
-        return read_fits_folder([path], bands, strict=True)
+        return read_fits_folder([path], bands, strict=True, size=size)
     return None

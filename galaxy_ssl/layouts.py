@@ -112,6 +112,7 @@ class JpegRows:
 def open_jpeg_bytes(
     path,          # HDF5 file with `jpeg_bytes` and `offsets`
     bands=None,    # checked by the caller
+    size=None,     # cut by the caller
     strict=False,  # no effect: one file, one catalogue
 )->CutoutSet|None:
     "RGB composites stored as JPEG bytes, or None if the file is something else."
@@ -176,6 +177,7 @@ def h5_rows(
 def open_rgb_stack(
     path,          # HDF5 file with `images` (N,H,W,3) uint8
     bands=None,    # checked by the caller
+    size=None,     # cut by the caller
     strict=False,  # no effect: one file, one catalogue
 )->CutoutSet|None:
     "A stack of 8-bit RGB images, or None if the file is something else."

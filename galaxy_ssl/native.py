@@ -65,6 +65,7 @@ def _write_text(h5, name, values):
 def open_native(
     path,          # a file written by `CutoutSet.save`
     bands=None,    # chosen by the caller
+    size=None,     # cut by the caller
     strict=False,  # no effect: one file, one catalogue
 )->CutoutSet|None:
     "A native file as a `CutoutSet`, or None if it is something else."
