@@ -18,7 +18,7 @@ import numpy as np
 from astropy.io import fits
 
 from .core import CutoutError, nearest
-from .hdus import AGAIN, BLOCK, MAX_PIXELS, Hdu, check_sums, choose_image, open_bytes, product, reading, sum32, sums, walk_fits
+from .hdus import AGAIN, MAX_PIXELS, Hdu, check_sums, choose_image, open_bytes, product, reading, sum32, sums, walk_fits
 from .wcs import celestial_wcs, pixel_scale
 
 # %% ../nbs/03_fits.ipynb #1b4ff52e

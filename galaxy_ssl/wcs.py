@@ -18,8 +18,8 @@ from astropy.io import fits
 from astropy.wcs import WCS
 from astropy.wcs.utils import proj_plane_pixel_scales
 
+from .cards import Cards
 from .core import CutoutError
-from .hdus import Cards
 
 # %% ../nbs/02_wcs.ipynb #1955cc01
 def celestial_wcs(
