@@ -6,11 +6,12 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/augment.html.md"""
 
 # %% auto #0
 __all__ = ['centre_crop', 'resize_flux', 'AugmentConfig', 'draw_params', 'crop_d4', 'warp', 'blur_psf', 'add_noise', 'drop_bands',
-           'augment']
+           'slabs', 'mark_bad', 'augment']
 
 # %% ../nbs/12_augment.ipynb #7584b8c5
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -145,13 +146,23 @@ def crop_d4(
 
 # %% ../nbs/12_augment.ipynb #2978cfd1
 def _source(angle, zoom, shift, mirror, size, H, W):
-    "Input pixel coordinates x and y of each output pixel, two (B,size,size)."
-    half = (size - 1)/2
-    y, x = torch.meshgrid(*[torch.arange(size, device=angle.device) - half]*2, indexing='ij')
-    x = torch.where(mirror[:,None,None], -x, x)
+    "Where each output pixel comes from, x and y (B,size,size): -1 to 1 between the outer edges of the cutout."
+    t = torch.arange(size, device=angle.device) - (size - 1)/2
     c, s = ((f/zoom)[:,None,None] for f in (angle.cos(), angle.sin()))
+    i, j = torch.where(mirror[:,None,None], -t, t), t[:,None]
     dx, dy = shift.T[:,:,None,None]
-    return c*x + s*y + dx + ((W - size)//2 + half), c*y - s*x + dy + ((H - size)//2 + half)
+    x = (c*i + dx + (W - size)//2 + size/2)*(2/W) - 1
+    y = (dy - s*i + (H - size)//2 + size/2)*(2/H) - 1
+    return x + s*j*(2/W), y + c*j*(2/H)
+
+def _margin(g, n):
+    "Negative where a pixel would be made from outside the cutout, n pixels wide along this axis."
+    edge = 1e-3 # rounding of the grid, pixels
+    return 1 - (1 - 2*edge)/n - g.abs()
+
+def _all_finite(x):
+    "Whether a CPU tensor is known to hold only finite values; never asks an accelerator."
+    return x.device.type == 'cpu' and bool(x.sum().isfinite())
 
 # %% ../nbs/12_augment.ipynb #2335e1d9
 def warp(
@@ -167,11 +178,13 @@ def warp(
     H, W = flux.shape[-2:]
     mirror = torch.zeros(len(flux), dtype=torch.bool, device=flux.device) if mirror is None else mirror
     x, y = _source(angle.float(), zoom.float(), shift.float(), mirror, size, H, W)
-    grid = torch.stack([(2*x + 1)/W - 1, (2*y + 1)/H - 1], -1)
-    value = F.grid_sample(flux.float(), grid, mode='bilinear', padding_mode='zeros', align_corners=False)
-    edge = 1e-3 # rounding of the grid, pixels
-    inside = (x > -edge) & (x < W-1+edge) & (y > -edge) & (y < H-1+edge)
-    return torch.where(value.isfinite() & inside[:,None], value, torch.nan)
+    value = F.grid_sample(flux.float(), torch.stack([x, y], -1), mode='bilinear', padding_mode='zeros', align_corners=False)
+    if not _all_finite(value):
+        value = value + value*0
+    corners = [_margin(g[:,[0,0,-1,-1],[0,-1,0,-1]], n) for g, n in ((x, W), (y, H))]
+    if x.device.type != 'cpu' or torch.cat(corners).min() < 0:
+        value = value + ((_margin(x, W).sqrt() + _margin(y, H).sqrt())*0)[:,None]
+    return value
 
 # %% ../nbs/12_augment.ipynb #ecc2e4df
 def _smooth(x, kernel):
@@ -222,6 +235,45 @@ def drop_bands(
     gone = (u < p).scatter(1, best, False)
     return torch.where(gone, torch.nan, flux)
 
+# %% ../nbs/12_augment.ipynb #c5c9fc01
+def slabs(
+    x:torch.Tensor,       # (B,...) batch
+    nbytes:int=4_000_000, # fits a share of a processor's cache
+)->list:                  # of slices of the first axis
+    "Pieces of a batch to work on one after the other: cache-sized on a CPU, everything on an accelerator."
+    if x.device.type != 'cpu':
+        return [slice(None)]
+    step = max(1, nbytes//max(1, x[:1].nbytes))
+    return [slice(i, i+step) for i in range(0, len(x), step)]
+
+def mark_bad(
+    flux:torch.Tensor, # any shape and dtype
+    bad:torch.Tensor,  # the same shape, True = do not use; or None
+)->torch.Tensor:       # float32, NaN where bad
+    "Write the mask into the flux; on a CPU a flux without bad pixels is returned as it is."
+    x = flux.float()
+    if bad is None:
+        return x
+    if x.device.type != 'cpu':
+        return x.masked_fill(bad, torch.nan)
+    bad = bad.numpy()
+    if bad.any():
+        x = x.clone()
+        x.numpy()[bad] = np.nan
+    return x
+
+# %% ../nbs/12_augment.ipynb #68474b2a
+def _move(flux, bad, p, cfg, size):
+    "The geometry of some images: one interpolation, or an exact crop."
+    if cfg.rotate or cfg.zoom:
+        angle = p['angle'] - torch.pi/2*(p['turn'] % 4) # rot90 counts with row 0 at the top
+        return warp(mark_bad(flux, bad), angle, p['zoom'], p['shift'], size, p['turn'] > 3)
+    x = crop_d4(flux, p['turn'], size, p['shift'])
+    if bad is not None and (bad.device.type != 'cpu' or bad.numpy().any()):
+        x = mark_bad(x, crop_d4(bad, p['turn'], size, p['shift']))
+    x = x.float()
+    return x if _all_finite(x) else x + x*0
+
 # %% ../nbs/12_augment.ipynb #5a98cd5b
 def augment(
     flux:torch.Tensor, # (B,C,H,W) flux, NaN = bad
@@ -235,15 +287,9 @@ def augment(
     if cfg.noise and sky_sigma is None:
         raise CutoutError('augment', 'noise needs sky_sigma', 'Give the sky noise of each band', key='noise')
     p = draw_params(*flux.shape[:2], cfg, draws)
-    if cfg.rotate or cfg.zoom:
-        x = flux.float() if bad is None else flux.float().masked_fill(bad, torch.nan)
-        angle = p['angle'] - torch.pi/2*(p['turn'] % 4) # rot90 counts with row 0 at the top
-        x = warp(x, angle, p['zoom'], p['shift'], size, p['turn'] > 3)
-    else:
-        x = crop_d4(flux, p['turn'], size, p['shift']).float()
-        x = torch.where(x.isfinite(), x, torch.nan)
-        if bad is not None:
-            x = x.masked_fill(crop_d4(bad, p['turn'], size, p['shift']), torch.nan)
+    x = torch.empty(*flux.shape[:2], size, size, device=flux.device)
+    for s in slabs(flux):
+        x[s] = _move(flux[s], None if bad is None else bad[s], {k: v[s] for k, v in p.items()}, cfg, size)
     if cfg.blur:
         x = blur_psf(x, p['blur'], cfg.blur)
     if cfg.noise:
