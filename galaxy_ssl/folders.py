@@ -19,7 +19,8 @@ from astropy.io import fits
 
 from .core import CutoutError, as_ids
 from .cutouts import Cutout, CutoutSet, Pixels
-from .fits import celestial_wcs, fits_bands, image_facts, pixel_scale, read_fits
+from .wcs import wcs_cards
+from .fits import celestial_wcs, find_image, fits_bands, pixel_scale, read_fits
 
 # %% ../nbs/04_folders.ipynb #1d2a9871
 @dataclass
@@ -37,7 +38,8 @@ class _Facts:
 
 def _facts(path, bands, hdu):
     "Read the headers of one file."
-    shape, header, cards = image_facts(path, hdu)
+    image, header = find_image(path, hdu)
+    shape, cards = image.shape, wcs_cards(header, path)
     names, planes = fits_bands(header, shape[0], bands, path)
     facts = _Facts(Path(path), shape, names, planes, header, cards)
     if facts.cards is not None:
