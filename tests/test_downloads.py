@@ -10,6 +10,7 @@ import socket
 import tarfile
 import threading
 import time
+from dataclasses import replace
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -450,3 +451,14 @@ def test_the_command_downloads_and_lists(toy, tmp_path, capsys):
     assert all(name in said for name in DATASETS)
     with pytest.raises(SystemExit, match="Did you mean 'gz-desi'"):
         cli.main(['download', 'gz-dessi'])
+
+
+def test_a_set_of_several_files_is_a_list_in_a_folder_of_its_own(serve, monkeypatch, tmp_path):
+    packed = gzip.compress(BODY)
+    mirror = serve(file(body=packed)).removesuffix('/x.h5')
+    files = tuple(DataFile(f.name, f.url, 'md5:' + hashlib.md5(packed, usedforsecurity=False).hexdigest()) for f in DATASETS['galaxymnist'].files)
+    monkeypatch.setitem(DATASETS, 'galaxymnist', replace(DATASETS['galaxymnist'], files=files))
+    paths = download('galaxymnist', tmp_path, base_url=mirror, progress=False)
+    assert [str(p.relative_to(tmp_path)) for p in paths] == ['galaxymnist/train_dataset.hdf5', 'galaxymnist/test_dataset.hdf5']
+    assert [a['path'] for a in serve.asked] == ['/galaxymnist/train_dataset.hdf5.gz', '/galaxymnist/test_dataset.hdf5.gz']
+    assert all(p.read_bytes() == BODY for p in paths)
