@@ -30,7 +30,7 @@ from .net import Patience, take_turns, file_digest, get
 @dataclass(frozen=True)
 class DataFile:
     "One file of a data set."
-    name: str                # under which it is kept
+    name: str                # under which it is kept, perhaps in a folder of its own
     url: str                 # where its archive serves it; '.gz' is unpacked to a file, '.tar.gz' and '.zip' to a folder
     checksum: str|None=None  # 'sha256:...' or 'md5:...' of what the archive serves; None = trusted on first use
     size: int|None=None      # bytes, exactly; None = only roughly known
@@ -51,9 +51,9 @@ _DROPBOX = 'https://dl.dropboxusercontent.com/s'
 _GZ_DECALS = 'Walmsley et al. 2022, arXiv:2102.08414'
 _LISTED = "md5 as in the file list of the Zenodo record, from public notes on it"
 
-def _mnist(about, size, train, test):
+def _mnist(about, name, train, test):
     "GalaxyMNIST at one image size; `train` and `test` are (Dropbox path, md5)."
-    files = tuple(DataFile(f'galaxymnist_{size}_{k}.hdf5', f'{_DROPBOX}/{path}/{k}_dataset.hdf5.gz', f'md5:{md5}')
+    files = tuple(DataFile(f'{name}/{k}_dataset.hdf5', f'{_DROPBOX}/{path}/{k}_dataset.hdf5.gz', f'md5:{md5}')
                   for k, (path, md5) in (('train', train), ('test', test)))
     return Dataset(about, files, 'not stated by its author', _GZ_DECALS,
                    "md5 as in its author's code (mwalmsley/galaxy_mnist); whether the Dropbox links still answer is not known")
@@ -72,9 +72,9 @@ DATASETS = {
                   'sha256:969a6b1cefcc36e09fffa86febd2f699a4aa19b837ba0427f01b0bc6ded458af', 210_234_548, 210.2),),
         'CC BY 4.0', 'Leung & Bovy 2019, arXiv:1808.04428; Lintott et al. 2008, arXiv:0804.4483',
         "sha256 and size as in its authors' documentation and code (henrysky/astroNN)"),
-    'galaxymnist': _mnist('10,000 DECaLS composites, 64 px, 4 classes; train and test', 64,
+    'galaxymnist': _mnist('10,000 DECaLS composites, 64 px, 4 classes; train and test', 'galaxymnist',
                           ('5a14de0o7slyif9', 'e408ae294e9b975482dc1abffeb373a6'), ('5rza12nn24cwd2k', '7a940e4cea64a8b7cb60339098f74490')),
-    'galaxymnist-224': _mnist('the same 10,000 at 224 px', 224,
+    'galaxymnist-224': _mnist('the same 10,000 at 224 px', 'galaxymnist-224',
                               ('xenuo0ekgyi10ru', '3391dcddac14d5b4055db73fb600ae63'), ('lczri4sb4bbcgyh', 'fb272c4e94000b4d99a09d638977b0b9')),
     'gz-decals': Dataset(
         '253,286 galaxies, votes of Galaxy Zoo DECaLS volunteers, campaign 5; ids in iauname',
@@ -231,7 +231,7 @@ def _keep(file, home, mirror, progress, patience):
     url = f'{mirror.rstrip("/")}/{file.name}{suffix}' if mirror else file.url
     with take_turns(_record_of(target), time.monotonic() + patience.total):
         if not target.exists():
-            got = get(url, home/f'{file.name}{suffix}', file.checksum, file.size, progress=progress, patience=patience)
+            got = get(url, target.with_name(target.name + suffix), file.checksum, file.size, progress=progress, patience=patience)
             if suffix:
                 unpack(got, target)
                 got.unlink()

@@ -240,7 +240,6 @@ def _append(job, response, chunks, start, total):
           open(job.part, 'ab') as f):
         for chunk in chain([first], chunks):
             f.write(chunk)
-            f.flush()
             bar.update(len(chunk))
 
 def _fetch(job, patience, until):
@@ -290,8 +289,11 @@ def _check_sum(job, whole):
 
 # %% ../nbs/06_net.ipynb #a64b6555
 @contextmanager
-def take_turns(path, until):
-    "Own the fetching of `path`; yields whether another process did it meanwhile."
+def take_turns(
+    path,         # file to be made
+    until:float,  # `time.monotonic()` at which to stop waiting
+):
+    "Own the making of `path`; yields whether another process has made it meanwhile."
     import fcntl
     before = path.stat().st_mtime_ns if path.exists() else None
     try:

@@ -2,6 +2,7 @@
 import gzip
 import hashlib
 import io
+import json
 import multiprocessing
 import os
 import resource
@@ -10,6 +11,7 @@ import socket
 import tarfile
 import threading
 import time
+from dataclasses import replace
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -23,6 +25,7 @@ from galaxy_ssl.net import Patience, get, get_bytes
 
 HDF5 = b'\x89HDF\r\n\x1a\n'
 BODY = HDF5 + bytes(range(256))*4000
+OTHER = HDF5 + b'x'*(len(BODY) - len(HDF5))
 SHA = 'sha256:' + hashlib.sha256(BODY).hexdigest()
 MD5 = 'md5:' + hashlib.md5(BODY, usedforsecurity=False).hexdigest()
 QUICK = Patience(connect=1, read=1, total=8, retries=3, backoff=0.01)
@@ -132,9 +135,10 @@ GOOD_IN_THE_END = {
     'cut three times': ([file(stop=100_000), file(stop=400_000), file(stop=700_000), file()], 4),
     'cut, server without ranges': ([file(stop=300_000, ranges=False), file(ranges=False)], 2),
     'cut, no ETag, no date': ([file(stop=300_000, etag=None), file(etag=None)], 2),
-    'weak ETag': ([file(stop=300_000, etag='W/"a"'), file(etag='W/"a"')], 2),
     'changed, server says so': ([file(body=HDF5 + b'old'*90_000, etag='"old"', stop=200_000), file()], 2),
     'changed, server goes on regardless': ([file(body=HDF5 + b'old'*90_000, etag='"old"', stop=200_000), file(obey=False), file()], 3),
+    'changed, same length, server goes on regardless': ([file(body=OTHER, etag='"old"', stop=200_000), file(obey=False), file()], 3),
+    'changed, same weak ETag': ([file(body=OTHER, etag='W/"a"', stop=200_000), file(etag='W/"a"')], (2, 3)),
     'shrunk below what came': ([file(body=HDF5 + b'old'*900_000, etag='"old"', stop=2_000_000), file(obey=False), file()], 3),
     '429 with Retry-After': ([answer(429, Retry_After='0'), file()], 2),
     '503 with a date': ([answer(503, Retry_After=formatdate(time.time() - 5, usegmt=True)), file()], 2),
@@ -151,7 +155,7 @@ def test_the_right_bytes_come_in_the_end(serve, tmp_path, name, checksum):
     script, requests = GOOD_IN_THE_END[name]
     path = fetch(serve(*script), tmp_path/'deep'/'x.h5', checksum=checksum)
     assert path.read_bytes() == BODY
-    assert len(serve.asked) == requests
+    assert len(serve.asked) == (requests if isinstance(requests, int) else requests[checksum is not None])
     assert left_over(tmp_path/'deep') == ['x.h5']
 
 
@@ -168,10 +172,26 @@ def test_without_a_proof_of_sameness_nothing_is_glued(serve, tmp_path):
 
 
 def test_halves_of_two_files_are_found_by_the_checksum(serve, tmp_path):
-    other = HDF5 + b'x'*(len(BODY) - 8)
-    path = fetch(serve(file(body=other, etag=None, stop=300_000), file(etag=None)), tmp_path/'x.h5', checksum=SHA)
+    path = fetch(serve(file(body=OTHER, etag=None, stop=300_000), file(etag=None)), tmp_path/'x.h5', checksum=SHA)
     assert path.read_bytes() == BODY
     assert [a['range'] for a in serve.asked] == [None, 'bytes=300000-', None]
+
+
+@pytest.mark.parametrize('checksum', [None, SHA])
+def test_a_process_killed_after_the_last_byte_fetches_nothing_again(serve, tmp_path, checksum):
+    url = serve(file())
+    (tmp_path/'x.h5.part').write_bytes(BODY)
+    (tmp_path/'x.h5.part.json').write_text(json.dumps({'url': url, 'total': len(BODY), 'same': '"a"'}))
+    assert fetch(url, tmp_path/'x.h5', checksum=checksum).read_bytes() == BODY
+    assert [a['range'] for a in serve.asked] == [f'bytes={len(BODY)}-'] and left_over(tmp_path) == ['x.h5']
+
+
+@pytest.mark.parametrize('note', ['', '[]', '{"url": 3}', None])
+def test_a_part_that_says_nothing_of_itself_is_not_gone_on_from(serve, tmp_path, note):
+    (tmp_path/'x.h5.part').write_bytes(OTHER[:5000])
+    if note is not None:
+        (tmp_path/'x.h5.part.json').write_text(note)
+    assert fetch(serve(file()), tmp_path/'x.h5').read_bytes() == BODY and left_over(tmp_path) == ['x.h5']
 
 
 def test_a_short_body_without_a_length_is_found_by_the_checksum_or_the_size(serve, tmp_path):
@@ -211,11 +231,22 @@ def test_what_cannot_succeed_says_why_and_leaves_nothing(serve, tmp_path, name):
         assert left_over(tmp_path) == []
 
 
-def test_a_server_that_hangs_meets_the_deadline(serve, tmp_path):
+@pytest.mark.parametrize('read', [0.25, 30])
+def test_a_server_that_hangs_meets_the_deadline(serve, tmp_path, read):
     began = time.monotonic()
     with pytest.raises(CutoutError, match='(?i)timed out.*beyond the 0.6 s'):
-        fetch(serve(hang), tmp_path/'x.h5', patience=Patience(read=0.25, total=0.6, backoff=0.01, retries=99))
+        fetch(serve(hang), tmp_path/'x.h5', patience=Patience(read=read, total=0.6, backoff=0.01, retries=99))
     assert time.monotonic() - began < 1.5
+
+
+def test_plain_bytes_are_asked_for_and_packed_ones_refused(serve, tmp_path):
+    def step(h):
+        packs = 'gzip' in h.headers.get('Accept-Encoding', '') or 'stubborn' in h.path
+        answer(body=gzip.compress(BODY) if packs else BODY, Content_Encoding='gzip' if packs else None)(h)
+    url = serve(step)
+    assert fetch(url, tmp_path/'x.h5').read_bytes() == BODY
+    with pytest.raises(CutoutError, match='sent compressed .gzip. though plain bytes were asked for'):
+        fetch(f'{url}?stubborn', tmp_path/'y.h5')
 
 
 def test_a_server_that_drips_meets_the_deadline_and_what_came_stays(serve, tmp_path):
@@ -450,3 +481,14 @@ def test_the_command_downloads_and_lists(toy, tmp_path, capsys):
     assert all(name in said for name in DATASETS)
     with pytest.raises(SystemExit, match="Did you mean 'gz-desi'"):
         cli.main(['download', 'gz-dessi'])
+
+
+def test_a_set_of_several_files_is_a_list_in_a_folder_of_its_own(serve, monkeypatch, tmp_path):
+    packed = gzip.compress(BODY)
+    mirror = serve(file(body=packed)).removesuffix('/x.h5')
+    files = tuple(DataFile(f.name, f.url, 'md5:' + hashlib.md5(packed, usedforsecurity=False).hexdigest()) for f in DATASETS['galaxymnist'].files)
+    monkeypatch.setitem(DATASETS, 'galaxymnist', replace(DATASETS['galaxymnist'], files=files))
+    paths = download('galaxymnist', tmp_path, base_url=mirror, progress=False)
+    assert [str(p.relative_to(tmp_path)) for p in paths] == ['galaxymnist/train_dataset.hdf5', 'galaxymnist/test_dataset.hdf5']
+    assert [a['path'] for a in serve.asked] == ['/galaxymnist/train_dataset.hdf5.gz', '/galaxymnist/test_dataset.hdf5.gz']
+    assert all(p.read_bytes() == BODY for p in paths)
