@@ -17,7 +17,7 @@ import numpy as np
 from .columns import tidy_columns
 from .core import CutoutError
 from .cutouts import CutoutSet, MappedRows, Pixels
-from .layouts import RGB, TOO_LARGE, ChannelsLast, as_names, name_bands
+from .stored import RGB, TOO_LARGE, ChannelsLast, as_names, name_bands
 
 # %% ../nbs/04_arrays.ipynb #89015dd7
 def npy_header(

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from .columns import plain_column, tidy_columns
 from .core import CutoutError, open_h5
 from .cutouts import CutoutSet, Pixels
-from .layouts import TOO_LARGE, h5_catalog, h5_pixels, h5_rows, is_h5
+from .stored import TOO_LARGE, h5_catalog, h5_pixels, h5_rows, is_h5
 from .surveys import BAND_WAVELENGTH
 
 # %% ../nbs/04_multimodal.ipynb #96c612e3

@@ -17,7 +17,7 @@ import pandas as pd
 
 from .core import CutoutError, as_ids, check_file
 from .cutouts import CutoutSet, Pixels
-from .layouts import RGB, DecodedRows
+from .stored import RGB, DecodedRows
 
 # %% ../nbs/04_pictures.ipynb #f358809c
 _SUFFIX = re.compile(r'\.(png|jpe?g|tiff?)$', re.IGNORECASE)
