@@ -10,7 +10,6 @@ __all__ = ['LAYOUTS', 'Cutout', 'CutoutSet', 'open_cutouts', 'fit_pixels', 'conc
 # %% ../nbs/02_cutouts.ipynb #b18c458c
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd

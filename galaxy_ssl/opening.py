@@ -14,7 +14,6 @@ from glob import glob
 from pathlib import Path
 
 import h5py
-import numpy as np
 import pandas as pd
 
 from .core import CutoutError, open_h5, resolve
