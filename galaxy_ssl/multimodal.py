@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from .columns import plain_column, tidy_columns
 from .core import CutoutError, open_h5
 from .cutouts import CutoutSet, Pixels
-from .stored import TOO_LARGE, h5_catalog, h5_pixels, h5_rows, is_h5
+from .stored import TOO_LARGE, UNPACKED, h5_catalog, h5_pixels, h5_rows, is_h5
 from .surveys import BAND_WAVELENGTH
 
 # %% ../nbs/04_multimodal.ipynb #96c612e3
@@ -92,7 +92,7 @@ def _open_h5(path):
 
 # %% ../nbs/04_multimodal.ipynb #49d52642
 class ParquetRows:
-    "One field of the images of a Parquet file, read by row group; the last group is kept."
+    "One field of the images of a Parquet file, read by row group."
 
     def __init__(self,
         path,      # Parquet file
@@ -100,16 +100,11 @@ class ParquetRows:
         starts,    # (groups+1,) first row of each row group
         shape,     # of one row
     ):
-        self.path, self.field, self.starts, self.shape, self._kept = str(path), field, np.asarray(starts), tuple(shape), (None, None)
-
-    def __getstate__(self):
-        return {**self.__dict__, '_kept': (None, None)}
+        self.path, self.field, self.starts, self.shape = str(path), field, np.asarray(starts), tuple(shape)
 
     def _group(self, g):
         "All rows of a group."
-        if self._kept[0] != g:
-            self._kept = (g, _field(self.path, pq.ParquetFile(self.path), g, self.field, self.shape))
-        return self._kept[1]
+        return UNPACKED.get(self, int(g), lambda: _field(self.path, pq.ParquetFile(self.path), g, self.field, self.shape))
 
     def __call__(self, rows):
         rows = np.asarray(rows)
