@@ -213,7 +213,7 @@ def _assign(groups, fractions, names, seed):
         raise CutoutError('fractions', f'{len(fractions)} fractions for the names {tuple(names)}', 'Give one fraction per name')
     if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise CutoutError('fractions', f'{tuple(fractions)} add up to {sum(fractions):g}', 'Fractions are positive and add up to 1')
-    member, keys = pd.factorize(np.asarray(groups, dtype=object), sort=True)
+    member, keys = pd.factorize(np.asarray(groups, dtype=object))
     wanted = np.flatnonzero(np.asarray(fractions) > 0)
     if len(keys) < len(wanted):
         raise CutoutError('split', f'{len(keys)} groups cannot fill {len(wanted)} parts', 'Use smaller cells or fewer parts')
@@ -237,7 +237,7 @@ def split_sky(
     "Split by regions of the sky."
     meta = _table(objects)
     group = _linked(meta, link_arcsec)
-    ra, dec = meta.ra.to_numpy(np.float64), meta.dec.to_numpy(np.float64)
+    ra, dec = meta['ra'].to_numpy(np.float64), meta['dec'].to_numpy(np.float64)
     missing = ~(np.isfinite(ra) & np.isfinite(dec))
     if missing.any():
         raise CutoutError('split', f'{missing.sum()} of {len(meta)} objects have no coordinates', 'Drop them, or use split_groups')
@@ -285,13 +285,13 @@ def hold_out(
         rows = meta[mine]
         if len(rows) >= 2 and not (spread and len(rows[['ra', 'dec']].drop_duplicates()) < 2):
             part[mine] = split_sky(rows, cell_deg=_field_cell(rows), **how) if spread else split_groups(rows, **how)
-    return pd.Series(part, index=meta.index, name='split')
+    return pd.Series(part, index=meta.index, name='split', dtype=object)
 
 def _field_cell(meta):
     "Side of a sky cell in degrees: 0.1, or less where the whole field is small, so that there are some hundred cells."
-    ra = np.sort(np.mod(meta.ra.to_numpy(), 360))
-    width = (360 - np.diff(np.r_[ra, ra[0] + 360]).max())*np.cos(np.deg2rad(meta.dec.mean()))
-    return float(np.clip(np.sqrt(max(width*np.ptp(meta.dec), 0)/400), 10/3600, 0.1))
+    ra = np.sort(np.mod(meta['ra'].to_numpy(), 360))
+    width = (360 - np.diff(np.r_[ra, ra[0] + 360]).max())*np.cos(np.deg2rad(meta['dec'].mean()))
+    return float(np.clip(np.sqrt(max(width*np.ptp(meta['dec']), 0)/400), 10/3600, 0.1))
 
 # %% ../nbs/06_catalogs.ipynb #ca3cda1f
 def save_split(
