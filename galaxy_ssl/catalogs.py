@@ -21,50 +21,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from astropy import units
-from astropy.coordinates import Angle, SkyCoord, search_around_sky
+from astropy.coordinates import SkyCoord, search_around_sky
 from astropy.table import Table
 
+from .columns import DEC_NAMES, ID_NAMES, RA_NAMES, find_column, plain_column, to_degrees
 from .core import CutoutError, as_ids, atomic_write, check_file, nearest
 from .fits import open_bytes
 from .rows import catalog_rows
 from .tiles import sky_name
-
-# %% ../nbs/06_catalogs.ipynb #84f17be4
-_ID_NAMES = ('id', 'id_str', 'objid', 'obj_id', 'object_id', 'objectid', 'source_id', 'sourceid', 'iauname', 'iau_name', 'targetid',
-             'galaxy_id', 'objid_dr7', 'dr7objid', 'dr8objid', 'pgc', 'zooid', 'name')
-_RA_NAMES = ('ra', 'raj2000', '_raj2000', 'ra_icrs', 'radeg', 'ra_deg', 'ra_j2000', 'ra_hours', 'ra_hour', 'ra_rad', 'alpha_j2000',
-             'alphawin_j2000', 'right_ascension', 'rightascension', 'ramean', 'coord_ra')
-_DEC_NAMES = ('dec', 'decl', 'dej2000', 'decj2000', '_dej2000', 'de_icrs', 'dec_icrs', 'decdeg', 'dedeg', 'dec_deg', 'dec_j2000', 'dec_rad',
-              'delta_j2000', 'deltawin_j2000', 'declination', 'decmean', 'coord_dec')
-
-def _find(columns, wanted, known, path, what):
-    "The column the user names, or the first of the usual names; None if there is none."
-    if wanted is not None:
-        if wanted not in columns:
-            raise CutoutError(path, f'no column {wanted!r} for {what} among {list(columns)[:12]}', f'Name it with {what}=.{nearest(wanted, columns)}')
-        return wanted
-    low = {}
-    for c in columns:
-        low.setdefault(str(c).lower(), c)
-    return next((low[k] for k in known if k in low), None)
-
-def _degrees(values, unit, name, hours, path):
-    "Angles as float64 degrees; NaN where missing."
-    values = pd.Series(values)
-    numbers = pd.to_numeric(values, errors='coerce').astype(np.float64)
-    written = values.notna() & numbers.isna() & (values.astype(str).str.strip() != '')
-    if written.any():
-        try:
-            numbers[written] = Angle([str(v).strip() for v in values[written]], unit='hourangle' if hours else 'deg').deg
-        except ValueError as e:
-            raise CutoutError(path, f'{values[written].iloc[0]!r} is no angle', 'Give degrees, or hh:mm:ss and dd:mm:ss', key=name) from e
-        return numbers.to_numpy()
-    if unit is None:
-        unit = next((u for word, u in (('hour', 'hourangle'), ('_rad', 'rad')) if word in name.lower()), 'deg')
-    try:
-        return (numbers.to_numpy()*units.Unit(unit)).to_value('deg')
-    except (ValueError, TypeError, units.UnitConversionError) as e:
-        raise CutoutError(path, f'unit {unit!r} is no angle', 'Correct the unit of the column', key=name) from e
 
 # %% ../nbs/06_catalogs.ipynb #754a1504
 _HOURS = (units.hourangle, units.hour)
@@ -73,7 +37,7 @@ _NULLABLE = {pa.int64(): pd.Int64Dtype(), pa.uint64(): pd.UInt64Dtype()}
 def _read_csv(body, separator, id):
     "A text table; the columns that may be ids are read as text, and so are long whole numbers with gaps among them."
     names = pd.read_csv(io.BytesIO(body), sep=separator, nrows=0, comment='#').columns
-    text = {c: str for c in names if c == id or str(c).lower() in _ID_NAMES}
+    text = {c: str for c in names if c == id or str(c).lower() in ID_NAMES}
     rows = pd.read_csv(io.BytesIO(body), sep=separator, dtype=text, comment='#')
     long = [c for c in rows if rows[c].dtype.kind == 'f' and rows[c].abs().max() > 2**53]
     if long:
@@ -137,9 +101,9 @@ def _tidy(rows, path, unit, id=None, ra=None, dec=None):
         raise CutoutError(path, 'a catalogue without rows', 'Check how it was made')
     if rows.index.name is not None and rows.index.name not in rows:
         rows = rows.reset_index()
-    id_column = _find(rows.columns, id, _ID_NAMES, path, 'id')
-    places = {k: _find(rows.columns, v, known, path, k) for k, v, known in (('ra', ra, _RA_NAMES), ('dec', dec, _DEC_NAMES))}
-    found = {k: _degrees(rows[c], unit.get(c), str(c), k == 'ra', path) for k, c in places.items() if c is not None}
+    id_column = find_column(rows.columns, ID_NAMES, id, path, 'id')
+    places = {k: find_column(rows.columns, known, v, path, k) for k, v, known in (('ra', ra, RA_NAMES), ('dec', dec, DEC_NAMES))}
+    found = {k: to_degrees(rows[c], unit.get(c), str(c), k == 'ra', path) for k, c in places.items() if c is not None}
     if (np.abs(found.get('dec', np.zeros(1))) > 90).any():
         raise CutoutError(path, f'declinations up to {np.nanmax(np.abs(found["dec"]))} degrees', 'Check the column and its unit', key=places['dec'])
     if id_column is not None:
@@ -151,19 +115,7 @@ def _tidy(rows, path, unit, id=None, ra=None, dec=None):
     else:
         raise CutoutError(path, f'no id column among {list(rows)[:12]}', "Name it: id='...'")
     rest = rows.drop(columns=[c for c in (id_column, *places.values()) if c is not None])
-    return pd.DataFrame({**found, **{c: _plain(rest[c]) for c in rest if c not in found}}, index=pd.Index(ids, name='id', dtype=object))
-
-def _plain(column):
-    "A column as a numpy array: whole numbers beyond 2**53 with gaps among them become text, which loses no digit."
-    if not pd.api.types.is_integer_dtype(column.dtype):
-        kind = column.dtype.numpy_dtype if isinstance(column.dtype, pd.api.extensions.ExtensionDtype) and hasattr(column.dtype, 'numpy_dtype') else None
-        return column.to_numpy() if kind is None or column.isna().any() and kind.kind == 'b' else column.to_numpy(kind)
-    gone = column.isna()
-    if not gone.any():
-        return column.to_numpy(column.dtype.numpy_dtype if hasattr(column.dtype, 'numpy_dtype') else None)
-    if column.abs().max() <= 2**53:
-        return column.to_numpy(np.float64, na_value=np.nan)
-    return np.array([None if g else str(v) for v, g in zip(column, gone)], dtype=object)
+    return pd.DataFrame({**found, **{c: plain_column(rest[c]) for c in rest if c not in found}}, index=pd.Index(ids, name='id', dtype=object))
 
 # %% ../nbs/06_catalogs.ipynb #8cd321d3
 def match_sky(

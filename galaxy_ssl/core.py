@@ -241,7 +241,7 @@ def as_ids(
     name='ids',    # what to call them in an error
 )->list:           # of str
     "Identifiers as unique, non-empty `str`; bytes are decoded, whole floats refused."
-    values = list(values)
+    values = values.to_numpy(dtype=object).tolist() if hasattr(values, 'to_numpy') else list(values)
     if any(isinstance(v, (float, np.floating)) for v in values[:1000]):
         raise CutoutError(name, 'ids are floating point numbers and may have lost digits', 'Read the id column as text')
     ids = [v.decode() if isinstance(v, bytes) else str(v) for v in values]

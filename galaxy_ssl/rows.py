@@ -243,6 +243,7 @@ class _Opened:
                 self.check()
                 if self.map is None:
                     mapped = mmap.mmap(self.fd, self.offset + self.size, prot=mmap.PROT_READ)
+                    mapped.madvise(mmap.MADV_RANDOM)
                     self.map = np.frombuffer(mapped, np.uint8, self.size, self.offset)
                 np.take(self.map.reshape(-1, out.shape[1]), rows, axis=0, out=out, mode='clip')
         return safe

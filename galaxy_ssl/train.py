@@ -50,7 +50,7 @@ class Trainer:
         self.folder = Path(cfg.out)
         self.callbacks = list(callbacks) if world.first else []
         self.train_set, self.val_set, self.split = split_off(cs, cfg)
-        self.loader = Loader(self.train_set, cfg.batch_size//cfg.accum, cfg.seed, world.rank, world.size)
+        self.loader = Loader(self.train_set, cfg.batch_size//cfg.accum, cfg.seed, world.rank, world.size, pin=world.device.type == 'cuda')
         self.steps_per_epoch = len(self.loader)//cfg.accum
         if self.steps_per_epoch == 0:
             raise CutoutError('batch_size', f'{cfg.batch_size} in {cfg.accum} parts is more than the {len(self.train_set)} training objects', 'Use a smaller batch')
@@ -213,7 +213,7 @@ def validate(self:Trainer):
         return None
     cfg, world = self.cfg, self.world
     size = max(1, cfg.batch_size//cfg.accum//world.size)
-    mine = Loader(self.val_set, size*world.size, rank=world.rank, world=world.size, shuffle=False, drop_last=False)
+    mine = Loader(self.val_set, size*world.size, rank=world.rank, world=world.size, shuffle=False, drop_last=False, pin=world.device.type == 'cuda')
     total = torch.zeros(2, dtype=torch.float64)
     method = self.run.method.eval()
     with torch.no_grad():
