@@ -13,6 +13,7 @@ import re
 import warnings
 from dataclasses import asdict
 from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,13 +93,17 @@ def clipped_sigma(
     "Noise of the sky: 1.48 times the median absolute deviation, with sources clipped."
     x = np.array(flux, dtype=np.float64).reshape(*np.shape(flux)[:-2], -1)
     x[~np.isfinite(x)] = np.nan
+    for _ in range(rounds):
+        off = np.abs(x - _median(x, -1)[..., None])
+        sigma = 1.4826*_median(off, -1)
+        x[off > 3*sigma[..., None]] = np.nan
+    return sigma
+
+def _median(x, axis):
+    "Median of what is not NaN; NaN, without a warning, where nothing is."
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', RuntimeWarning)
-        for _ in range(rounds):
-            off = np.abs(x - np.nanmedian(x, -1, keepdims=True))
-            sigma = 1.4826*np.nanmedian(off, -1, keepdims=True)
-            x[off > 3*sigma] = np.nan
-    return sigma[..., 0]
+        return np.nanmedian(x, axis)
 
 # %% ../nbs/07_lookalike.ipynb #0f313e32
 @dataclass
@@ -241,8 +246,8 @@ class _Mapped:
 
     def draws(self, rows):
         "Standard normal pixels that depend only on seed, id and band."
-        p = self.plan
-        return np.stack([[keyed_rng(p.look.seed, 'lookalike', p.cs.ids[r], b).standard_normal(p.size, np.float32) for b in p.bands] for r in rows])
+        p, ids = self.plan, self.plan.cs.meta.index
+        return np.stack([[keyed_rng(p.look.seed, 'lookalike', ids[r], b).standard_normal(p.size, np.float32) for b in p.bands] for r in rows])
 
 # %% ../nbs/07_lookalike.ipynb #b2dabc95
 @patch
@@ -257,9 +262,9 @@ def fit(self:Lookalike,
     for s in slabs(len(rows), 8*int(np.prod(plan.cs.shape[1:])), 2**25):
         flux, var = _Mapped(plan, 'flux').clean(rows[s])
         sigma.append(clipped_sigma(flux))
-        ratio.append(sigma[-1]/np.sqrt(np.nanmedian(np.broadcast_to(np.where(np.isnan(flux), np.nan, var), flux.shape), (-2, -1))))
-    found = np.nanmedian(np.concatenate(ratio), 0)
-    sigma = np.nanmedian(np.concatenate(sigma), 0)
+        ratio.append(sigma[-1]/np.sqrt(_median(np.broadcast_to(np.where(np.isnan(flux), np.nan, var), flux.shape), (-2, -1))))
+    found = _median(np.concatenate(ratio), 0)
+    sigma = _median(np.concatenate(sigma), 0)
     if not np.isfinite(found).all():
         raise CutoutError(cs.survey or 'set', f'no noise to measure in band {plan.bands[int(np.argmax(~np.isfinite(found)))]}', 'Are there any good pixels?')
     if self.noise:
