@@ -172,7 +172,7 @@ class _Plan:
 def _complain(look, cs, text):
     "Raise or warn about a target that has better images."
     if look.strict:
-        raise CutoutError(cs.survey or 'set', text, 'Choose a target with worse images, drop the objects, or use strict=False')
+        raise CutoutError(cs.survey or 'set', text, 'Choose a target with worse images, fewer bands (pairs=) or objects, or use strict=False')
     warnings.warn(f'{cs.survey or "set"}: {text}; left as it is')
 
 def _seeing(cs):
