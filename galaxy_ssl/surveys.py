@@ -193,8 +193,8 @@ _LEGACY = [
 # %% ../nbs/01_surveys.ipynb #104a5dc8
 _WIDE = [
     _survey('sdss', 0.396, 'nanomaggy', 22.5, dict(u=1.53, g=1.44, r=1.32, i=1.26, z=1.29), sigma=dict(u=0.052, g=0.0246, r=0.0366, i=0.0662, z=0.230),
-        unchecked='seeing', source='SDSS 2.5 m. Seeing: median of DR8 imaging (Ross et al. 2011, arXiv:1105.2320). Noise: measured on one corrected frame '
-            '(run 2583, camcol 2, field 136). u is 0.04 mag from AB.'),
+        unchecked='seeing', source='SDSS 2.5 m. Seeing: median effective width of DR8 imaging (Ross et al. 2011, arXiv:1105.2320); GAMA\'s mosaics have 1.24 in r. '
+            'Noise: measured on one corrected frame (run 2583, camcol 2, field 136). u is 0.04 mag from AB.'),
     _survey('des-dr2', 0.263, 'count', 30.0, dict(g=1.11, r=0.95, i=0.88, z=0.83, Y=0.90), depth=dict(g=24.7, r=24.4, i=23.8, z=23.1, Y=21.7), aperture=1.95, n_sigma=10,
         unchecked='zero point', source='Dark Energy Survey coadds, DECam. Seeing and 10-sigma depth in a 1.95 arcsec aperture: Abbott et al. 2021, arXiv:2101.05765.'),
     _survey('ps1-3pi', 0.25, 'count', 25.0, dict(g=1.31, r=1.19, i=1.11, z=1.07, y=1.02), depth=dict(g=23.3, r=23.2, i=23.1, z=22.3, y=21.4), unchecked='seeing',
@@ -206,7 +206,7 @@ _WIDE = [
         native=dict(u=0.0, g=0.0, r=0.0, i=0.0, Z=30.0, Y=30.0, J=30.0, H=30.0, Ks=30.0), unchecked='seeing except r, VIKING depth',
         source='KiDS DR4 (VST 2.6 m; Kuijken et al. 2019, arXiv:1902.11265) depth at 5 sigma in a 2 arcsec aperture, seeing rounded to 0.1 arcsec; VIKING (VISTA 4 m; '
             'Edge et al. 2013, Messenger 154, 32) design depth and typical seeing, taken as an aperture depth. KiDS coadds have AB zero point 0 (checked in r), '
-            'VIKING ones of the GAMA mosaics 30 (as the ProFound manual uses). GAMA mosaics have 0.339 arcsec pixels.'),
+            'VIKING ones of the GAMA mosaics 30 (as the ProFound manual uses). The r seeing was measured on the same ten galaxies. GAMA mosaics have 0.339 arcsec pixels.'),
     _survey('cfhtls', 0.186, 'count', 30.0, dict(u=0.88, g=0.82, r=0.72, i=0.68, z=0.70), aperture=2.0,
         depth=dict(u=25.24, g=25.58, r=24.88, i=24.54, z=23.46), unchecked='seeing and depth',
         source='CFHTLS Wide, MegaCam on the CFHT 3.6 m. Seeing and 5-sigma depth in a 2 arcsec aperture: Erben et al. 2013, arXiv:1210.8156. MegaPipe stacks have zero point 30.'),
