@@ -6,7 +6,7 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/augment.html.md"""
 
 # %% auto #0
 __all__ = ['centre_crop', 'resize_flux', 'AugmentConfig', 'draw_params', 'crop_d4', 'warp', 'blur_psf', 'add_noise', 'drop_bands',
-           'slabs', 'mark_bad', 'augment']
+           'mark_bad', 'augment']
 
 # %% ../nbs/12_augment.ipynb #7584b8c5
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from .core import CutoutError
 from .draws import Draws
+from .stretch import slabs
 
 # %% ../nbs/12_augment.ipynb #a31e3564
 def centre_crop(
@@ -235,17 +236,7 @@ def drop_bands(
     gone = (u < p).scatter(1, best, False)
     return torch.where(gone, torch.nan, flux)
 
-# %% ../nbs/12_augment.ipynb #c5c9fc01
-def slabs(
-    x:torch.Tensor,       # (B,...) batch
-    nbytes:int=4_000_000, # fits a share of a processor's cache
-)->list:                  # of slices of the first axis
-    "Pieces of a batch to work on one after the other: cache-sized on a CPU, everything on an accelerator."
-    if x.device.type != 'cpu':
-        return [slice(None)]
-    step = max(1, nbytes//max(1, x[:1].nbytes))
-    return [slice(i, i+step) for i in range(0, len(x), step)]
-
+# %% ../nbs/12_augment.ipynb #6fae22cf
 def mark_bad(
     flux:torch.Tensor, # any shape and dtype
     bad:torch.Tensor,  # the same shape, True = do not use; or None
@@ -262,7 +253,7 @@ def mark_bad(
         x.numpy()[bad] = np.nan
     return x
 
-# %% ../nbs/12_augment.ipynb #68474b2a
+# %% ../nbs/12_augment.ipynb #f0468983
 def _move(flux, bad, p, cfg, size):
     "The geometry of some images: one interpolation, or an exact crop."
     if cfg.rotate or cfg.zoom:
