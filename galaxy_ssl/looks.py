@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 
 from .core import CutoutError
-from .stretch import FMAX, Stretch, check_bands, sky_stats, slabs
+from .stretch import FMAX, Stretch, check_bands, new_pixels, sky_stats, slabs
 
 # %% ../nbs/12_looks.ipynb #8d52b75e
 class ImageStretch(Stretch):
@@ -82,7 +82,7 @@ def _by_slabs(x, work):
     pieces = slabs(x)
     if len(pieces) < 2 or (torch.is_grad_enabled() and x.requires_grad):
         return work(x)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = new_pixels(*x.shape, device=x.device)
     for s in pieces:
         out[s] = work(x[s])
     return out
@@ -278,7 +278,7 @@ def forward(
     if x.device.type != 'cpu' or (torch.is_grad_enabled() and x.requires_grad):
         return _joint(self, x).view(flux.shape)
     x = x.detach().contiguous()
-    out = torch.empty_like(x)
+    out = new_pixels(*x.shape)
     for s in slabs(x, self.slab_bytes):
         _joint_np(self, x[s].numpy(), out[s].numpy())
     return out.view(flux.shape)
