@@ -6,7 +6,7 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/augment.html.md"""
 
 # %% auto #0
 __all__ = ['centre_crop', 'resize_flux', 'AugmentConfig', 'draw_params', 'crop_d4', 'warp', 'blur_psf', 'add_noise', 'drop_bands',
-           'slabs', 'mark_bad', 'augment']
+           'mark_bad', 'check_augment', 'augment']
 
 # %% ../nbs/12_augment.ipynb #7584b8c5
 from dataclasses import dataclass
@@ -15,8 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .conditions import Conditions, draw_lognormal, extinction, extra_blur, extra_noise, get_spread, redden
 from .core import CutoutError
 from .draws import Draws
+from .stretch import new_pixels, slabs
 
 # %% ../nbs/12_augment.ipynb #a31e3564
 def centre_crop(
@@ -83,13 +85,20 @@ class AugmentConfig:
     noise: float = 0.       # add sky noise of up to this many sky sigma
     blur: float = 0.        # blur with a Gaussian PSF of sigma up to this many pixels
     drop_bands: float = 0.  # chance for each band to go missing; one always stays
+    redden: float = 0.      # dim by dust of the Milky Way of E(B-V) up to this, magnitudes
+    dust_table: str = ''    # change E(B-V) as it varies over this survey, e.g. legacy-dr9-south
+    psf_table: str = ''     # blur each band to a seeing drawn from this survey
+    noise_table: str = ''   # add noise to each band up to a level drawn from this survey
 
     def __post_init__(self):
-        for k in ('jitter', 'zoom', 'noise', 'blur', 'drop_bands'):
+        for k in ('jitter', 'zoom', 'noise', 'blur', 'drop_bands', 'redden'):
             if not getattr(self, k) >= 0:
                 raise CutoutError('augment', f'{k} is {getattr(self, k)}', 'Use zero or more', key=k)
         if self.drop_bands > 1:
             raise CutoutError('augment', f'drop_bands is {self.drop_bands}', 'It is a probability, at most 1', key='drop_bands')
+        for k in ('dust_table', 'psf_table', 'noise_table'):
+            if getattr(self, k):
+                get_spread(getattr(self, k), k)
 
 # %% ../nbs/12_augment.ipynb #f6f367ef
 def draw_params(
@@ -100,7 +109,7 @@ def draw_params(
 )->dict:               # tensors, first axis n
     "One set of parameters per image."
     u = draws.uniform(n, 7)
-    return dict(
+    p = dict(
         turn=(u[:,0]*8).long() if cfg.d4 else torch.zeros_like(u[:,0]).long(), # element of D4: quarter turns, +4 if mirrored
         angle=2*torch.pi*u[:,1]*cfg.rotate,         # radians, anticlockwise with x to the right and y up
         shift=(2*u[:,2:4] - 1)*cfg.jitter,          # (n,2) pixels in x and y
@@ -108,6 +117,13 @@ def draw_params(
         noise=u[:,5]*cfg.noise,                     # sky sigma
         blur=u[:,6]*cfg.blur,                       # PSF sigma, pixels
         band=draws.uniform(n, bands))               # (n,bands), a band goes when below drop_bands
+    if cfg.redden or cfg.dust_table or cfg.psf_table or cfg.noise_table:
+        normal = draws.normal(n, 2, bands + 1)
+        p.update(ebv=draws.uniform(n)*cfg.redden,   # magnitudes
+                 dust=normal[:,:,0],                # (n,2) standard normal: the dust that goes and that comes
+                 seeing=normal[:,0,1:],             # (n,bands) standard normal
+                 sky=normal[:,1,1:])                # (n,bands) standard normal
+    return p
 
 # %% ../nbs/12_augment.ipynb #ae977c2b
 def _crop_d4_lookup(flux, turn, x0, y0, size):
@@ -188,39 +204,41 @@ def warp(
 
 # %% ../nbs/12_augment.ipynb #ecc2e4df
 def _smooth(x, kernel):
-    "Convolve (B,C,H,W) along both axes with the image's own kernel (B,k)."
+    "Convolve (B,C,H,W) along both axes with a kernel (B,C,k) for each plane."
     B, C, H, W = x.shape
-    k = kernel.repeat_interleave(C, 0)
-    pad = kernel.shape[1]//2
+    k = kernel.reshape(B*C, -1)
+    pad = kernel.shape[2]//2
     x = F.conv2d(x.reshape(1, B*C, H, W), k[:,None,None,:], padding=(0, pad), groups=B*C)
     return F.conv2d(x, k[:,None,:,None], padding=(pad, 0), groups=B*C).view(B, C, H, W)
 
 # %% ../nbs/12_augment.ipynb #32c0e7aa
 def blur_psf(
     flux:torch.Tensor,  # (B,C,H,W) flux, NaN = bad
-    sigma:torch.Tensor, # (B,) width of the Gaussian, pixels; 0 = leave as it is
+    sigma:torch.Tensor, # (B,) or (B,C) width of the Gaussian, pixels; 0 = leave as it is
     largest:float,      # the largest sigma that can occur, pixels: sets the kernel's reach
 )->torch.Tensor:        # (B,C,H,W) float32, NaN where flux is bad
     "Blur each image with its own Gaussian PSF."
     reach = max(1, int(4*largest + .5))
     t = torch.arange(-reach, reach+1, device=flux.device)
-    kernel = torch.exp(-.5*(t/sigma.float().clamp(min=1e-3)[:,None])**2)
-    kernel = kernel/kernel.sum(1, keepdim=True)
+    sigma = sigma.float().clamp(min=1e-3).view(len(flux), -1, 1).expand(-1, flux.shape[1], -1)
+    kernel = torch.exp(-.5*(t/sigma)**2)
+    kernel = kernel/kernel.sum(-1, keepdim=True)
     x = flux.float()
     good = x.isfinite()
     with torch.autocast(x.device.type, enabled=False):
-        value, weight = _smooth(torch.cat([torch.where(good, x, 0), good.float()], 1), kernel).chunk(2, 1)
+        both = torch.cat([torch.where(good, x, 0), good.float()], 1)
+        value, weight = _smooth(both, torch.cat([kernel, kernel], 1)).chunk(2, 1)
     return torch.where(good, value/torch.where(good, weight, 1), torch.nan)
 
 # %% ../nbs/12_augment.ipynb #bc9ee3c7
 def add_noise(
     flux:torch.Tensor,      # (B,C,H,W)
-    amount:torch.Tensor,    # (B,) in units of sky_sigma
+    amount:torch.Tensor,    # (B,) or (B,C) in units of sky_sigma
     sky_sigma:torch.Tensor, # (C,) or (B,C) sky noise per pixel, in the unit of flux
     draws:Draws,            # source of the pixel noise
 )->torch.Tensor:            # (B,C,H,W)
     "Add white sky noise, each image by its own amount."
-    scale = amount[:,None]*torch.as_tensor(sky_sigma, dtype=torch.float32, device=flux.device)
+    scale = (amount[:,None] if amount.ndim == 1 else amount)*torch.as_tensor(sky_sigma, dtype=torch.float32, device=flux.device)
     return flux + draws.noise(flux.shape)*scale[...,None,None]
 
 def drop_bands(
@@ -235,17 +253,7 @@ def drop_bands(
     gone = (u < p).scatter(1, best, False)
     return torch.where(gone, torch.nan, flux)
 
-# %% ../nbs/12_augment.ipynb #c5c9fc01
-def slabs(
-    x:torch.Tensor,       # (B,...) batch
-    nbytes:int=4_000_000, # fits a share of a processor's cache
-)->list:                  # of slices of the first axis
-    "Pieces of a batch to work on one after the other: cache-sized on a CPU, everything on an accelerator."
-    if x.device.type != 'cpu':
-        return [slice(None)]
-    step = max(1, nbytes//max(1, x[:1].nbytes))
-    return [slice(i, i+step) for i in range(0, len(x), step)]
-
+# %% ../nbs/12_augment.ipynb #0f6847c3
 def mark_bad(
     flux:torch.Tensor, # any shape and dtype
     bad:torch.Tensor,  # the same shape, True = do not use; or None
@@ -262,7 +270,7 @@ def mark_bad(
         x.numpy()[bad] = np.nan
     return x
 
-# %% ../nbs/12_augment.ipynb #68474b2a
+# %% ../nbs/12_augment.ipynb #0296ea66
 def _move(flux, bad, p, cfg, size):
     "The geometry of some images: one interpolation, or an exact crop."
     if cfg.rotate or cfg.zoom:
@@ -274,6 +282,31 @@ def _move(flux, bad, p, cfg, size):
     x = x.float()
     return x if _all_finite(x) else x + x*0
 
+# %% ../nbs/12_augment.ipynb #efc2e17b
+def check_augment(
+    cfg:AugmentConfig, # what is asked for
+    here:Conditions,   # what is known about the cutouts
+):
+    "Refuse settings that these cutouts cannot have, before any work is done."
+    asked = [k for k in ('noise', 'redden', 'dust_table', 'psf_table', 'noise_table') if getattr(cfg, k)]
+    if asked and here.unit == 'display':
+        raise CutoutError('augment', f'{asked[0]} needs flux, these are display composites', 'Stretched 8-bit values do not add up: leave it off, or train on flux', key=asked[0])
+    try_on = torch.zeros(1, len(here.bands))
+    if cfg.redden or cfg.dust_table:
+        extinction(here.bands, here.survey)
+    if cfg.psf_table:
+        extra_blur(cfg.psf_table, here, try_on)
+    if cfg.noise_table:
+        extra_noise(cfg.noise_table, here, try_on)
+
+# %% ../nbs/12_augment.ipynb #3d4c353e
+def _dust(p, cfg):
+    "E(B-V) to add: uniform up to `redden`, and from one draw of the survey's dust to another."
+    if not cfg.dust_table:
+        return p['ebv']
+    old, new = draw_lognormal(get_spread(cfg.dust_table, 'dust_table').ebv, p['dust']).unbind(1)
+    return p['ebv'] + new - old
+
 # %% ../nbs/12_augment.ipynb #5a98cd5b
 def augment(
     flux:torch.Tensor, # (B,C,H,W) flux, NaN = bad
@@ -282,16 +315,24 @@ def augment(
     draws:Draws,       # where the numbers come from
     size:int,          # height and width of the result, pixels; at most H and W
     sky_sigma=None,    # (C,) or (B,C) sky noise per pixel in the unit of flux, needed by cfg.noise
+    here:Conditions=None, # the set's bands, seeing and so on, needed by redden and the tables; has sky_sigma too
 )->tuple[torch.Tensor,torch.Tensor]: # flux (B,C,size,size) float32, NaN where bad; and bad, bool
     "Change each image of a batch in its own way."
+    sky_sigma = here.sky_sigma if sky_sigma is None and here is not None else sky_sigma
     if cfg.noise and sky_sigma is None:
         raise CutoutError('augment', 'noise needs sky_sigma', 'Give the sky noise of each band', key='noise')
     p = draw_params(*flux.shape[:2], cfg, draws)
-    x = torch.empty(*flux.shape[:2], size, size, device=flux.device)
+    x = new_pixels(*flux.shape[:2], size, size, device=flux.device)
     for s in slabs(flux):
         x[s] = _move(flux[s], None if bad is None else bad[s], {k: v[s] for k, v in p.items()}, cfg, size)
+    if cfg.redden or cfg.dust_table:
+        x = redden(x, _dust(p, cfg), extinction(here.bands, here.survey))
+    if cfg.psf_table:
+        x = blur_psf(x, *extra_blur(cfg.psf_table, here, p['seeing']))
     if cfg.blur:
         x = blur_psf(x, p['blur'], cfg.blur)
+    if cfg.noise_table:
+        x = add_noise(x, extra_noise(cfg.noise_table, here, p['sky']), torch.ones(x.shape[1]), draws)
     if cfg.noise:
         x = add_noise(x, p['noise'], sky_sigma, draws)
     if cfg.drop_bands:

@@ -80,7 +80,7 @@ def dr2_rgb(im, scales, m=.03, Q=20):
 def stretching():
     """The joint stretch beside its formula image by image, and the arcsinh beside torch's."""
     flux = torch.from_numpy(sky(128, 3, 152))
-    joint = make_stretch('dr2_rgb').fit(flux.numpy(), scales=(6., 3.4, 2.2))
+    joint = make_stretch('dr2_rgb', scales=(6., 3.4, 2.2)).fit(flux.numpy())
     each = make_stretch('asinh').fit(flux.numpy())
     level, scale, norm = (t[:, None, None] for t in (each.level, each.sigma*each.softening, each.norm))
     images = flux.numpy()
