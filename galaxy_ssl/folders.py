@@ -1,4 +1,4 @@
-"""One object per file: a folder of FITS cutouts is a `CutoutSet` whose pixels are read when asked for, and whose broken files are listed with their reason.
+"""A folder of FITS cutouts is a `CutoutSet` whose pixels are read when asked for: one file per object, or one per object and band, with masks, noise and PSFs beside them; broken files are listed with their reason.
 
 Docs: https://galaxy-ssl.github.io/galaxy_ssl/folders.html.md"""
 
@@ -10,102 +10,195 @@ __all__ = ['read_fits_folder', 'read_cutout', 'open_fits']
 # %% ../nbs/04_folders.ipynb #8e582112
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from astropy.io import fits
+from astropy.coordinates import SkyCoord
 
 from .core import CutoutError, as_ids
 from .cutouts import Cutout, CutoutSet, Pixels
-from .wcs import wcs_cards
-from .fits import celestial_wcs, find_image, fits_bands, pixel_scale, read_fits
+from .filenames import FITS_NAME, group_files, list_fits, stem
+from .fits import StoredImage, filter_band, fits_bands
+from .hdus import choose_image, walk_fits
+from .planes import BadRows, FluxRows, IvarRows, Part, best_noise
+from .roles import mask_bits, name_parts, psf_width, spell_bands
+from .surveys import order_bands
+from .wcs import places_apart, shift_cards, sky_places, wcs_cards
 
 # %% ../nbs/04_folders.ipynb #1d2a9871
-@dataclass
-class _Facts:
-    "What the header of one cutout file says."
+@dataclass(slots=True)
+class _Found:
+    "An image in a file, and what it is."
+    role:str
+    names:tuple|None   # bands of its planes; None = those of the flux
+    image:StoredImage
+    planes:tuple       # wanted of the image, one per name
+    cards:object
+    bits:int|None = None
+
+def _flux_hdus(hdus, hdu, path):
+    "The image that is meant, or one for each band; and the roles and bands that names tell of all images."
+    told = {h.index: name_parts(h.name, glued=False)[1:] for h in hdus if h.is_image}
+    own = [h for h in hdus if h.is_image and told[h.index][0] in (None, 'flux')] or [h for h in hdus if h.is_image]
+    names = [told[h.index][1] or filter_band(h.cards) for h in own]
+    if hdu is None and len(own) > 1 and all(names) and len(set(names)) == len(names):
+        spelt = spell_bands(names)
+        return {h.index: (spelt[b],) for h, b in zip(own, names)}, told
+    hint = hdus if hdu is not None or not own else [h for h in hdus if not h.is_image or h in own]
+    return {choose_image(hint, hdu, path).index: None}, told
+
+def _look(path, place, bands, hdu, forms):
+    "All images of a file that matter, from its headers. `place` is what the file's name says: role and band."
+    role, band = place
+    with walk_fits(path) as walk:
+        hdus, found = walk.hdus, []
+        def add(role, names, h, planes):
+            image = StoredImage(path, h, walk.stamp, forms)
+            found.append(_Found(role, names, image, planes, h.cards, mask_bits(h.cards, hdus[0].cards) if role == 'bad' else None))
+        if role != 'flux':
+            h = choose_image(hdus, None, path)
+            add(role, band and (band,), h, tuple(range((1, *h.shape)[-3])))
+            return found
+        flux, told = _flux_hdus(hdus, hdu, path)
+        spelt = spell_bands({b for _, b in told.values() if b})
+        for index, names in flux.items():
+            h = hdus[index]
+            n = (1, *h.shape)[-3]
+            if names is None and band is not None:
+                names = _one_band(h.cards, n, band, path)
+            names, planes = fits_bands(h.cards, n, bands, path) if names is None else (names, [0])
+            if not band and len(flux) == 1 or not bands or set(names) <= set(bands):
+                add('flux', tuple(names), h, tuple(planes))
+        for index, (role, name) in told.items():
+            if role not in (None, 'flux', 'other') and index not in flux:
+                h = hdus[index]
+                names = name and (spelt[name],)
+                add(role, names, h, tuple(range((1, *h.shape)[-3])))
+    if not any(f.role == 'flux' for f in found):
+        have = ', '.join(n for names in flux.values() for n in names)
+        raise CutoutError(path, f'wanted bands {", ".join(bands)}; found {have}', 'Change bands=')
+    return found
+
+def _one_band(cards, n, band, path):
+    "The band that a file's name tells, unless its header says otherwise."
+    if n != 1:
+        raise CutoutError(path, f'{n} planes, but its name says that it is band {band} alone', "Give a pattern= that says what the names mean")
+    said = filter_band(cards)
+    if said and re.split('[-_]', said)[-1].lower() != re.split('[-_]', band)[-1].lower():
+        raise CutoutError(path, f'band {band} by its name, {said} by its header', 'Rename the file or repair the header')
+    return (band,)
+
+# %% ../nbs/04_folders.ipynb #0def6f73
+@dataclass(slots=True)
+class _Object:
+    "One object: its images, from one file or several."
+    name:str
     path:Path
-    shape:tuple         # (planes, y, x)
-    bands:tuple
-    planes:list
-    header:fits.Header
-    cards:str|None
-    ra:float = np.nan
-    dec:float = np.nan
-    pixscale:float = np.nan
+    flux:list
+    others:list
+    lost:dict = field(default_factory=dict)   # band -> why it is missing
+    cards:str|None = None
 
-def _facts(path, bands, hdu):
-    "Read the headers of one file."
-    image, header = find_image(path, hdu)
-    shape, cards = image.shape, wcs_cards(header, path)
-    names, planes = fits_bands(header, shape[0], bands, path)
-    facts = _Facts(Path(path), shape, names, planes, header, cards)
-    if facts.cards is not None:
+    @property
+    def shape(self):
+        return self.flux[0].image.shape[1:]
+
+    @property
+    def bands(self):
+        return tuple(b for f in self.flux for b in f.names)
+
+def _gather(name, places, bands, hdu, forms, strict):
+    "An object from its files. A broken file of one band costs that band, any other the object."
+    found, lost, reason = [], {}, None
+    for place, path in places.items():
+        if bands and place[1] is not None and place[1] not in bands:
+            continue
         try:
-            wcs = celestial_wcs(facts.cards)
-            sky = wcs.pixel_to_world((shape[2] - 1)/2, (shape[1] - 1)/2).icrs
-        except ValueError as e:
-            raise CutoutError(path, f'its WCS is unusable ({e})', 'Repair the header', key=hdu) from e
-        facts.ra, facts.dec, facts.pixscale = float(sky.ra.deg), float(sky.dec.deg), pixel_scale(wcs)
-    return facts
+            found += _look(path, place, bands, hdu, forms)
+        except CutoutError as e:
+            if strict or place[0] != 'flux' or place[1] is None:
+                raise
+            lost[place[1]], reason = str(e), e
+    one = _Object(name, next(iter(places.values())), [f for f in found if f.role == 'flux'], [f for f in found if f.role != 'flux'], lost)
+    if not one.flux:
+        raise reason or CutoutError(one.path, 'no flux image among the files of this object', f'Its files: {", ".join(p.name for p in places.values())}')
+    one.path = Path(one.flux[0].image.path)
+    for f in one.flux + one.others:
+        if f.role != 'psf' and f.image.shape[1:] != one.shape:
+            raise CutoutError(f.image.path, f'{f.role} of {"x".join(map(str, f.image.shape[1:]))} pixels, but {one.path.name} has {"x".join(map(str, one.shape))}', 'Bring them to one grid')
+    return one
 
-def _fit(x, size):
-    "Cut or pad with NaN to (size, size) about the centre; the pixel (0, 0) of the result in the old frame as (y0, x0)."
-    h, w = x.shape[-2:]
-    y0, x0 = (h - size)//2, (w - size)//2
-    out = np.full((*x.shape[:-2], size, size), np.nan, np.float32)
-    inside = x[..., max(y0, 0):y0 + size, max(x0, 0):x0 + size]
-    out[..., max(-y0, 0):max(-y0, 0) + inside.shape[-2], max(-x0, 0):max(-x0, 0) + inside.shape[-1]] = inside
-    return out, y0, x0
-
-class _Reader:
-    "Rows of a folder of FITS files; opens a file when a row is asked for, so it may travel to any process."
-    def __init__(self, facts, size, hdu):
-        self.files = [(str(f.path), f.planes, f.shape) for f in facts]
-        self.size, self.hdu = size, hdu
-
-    def __call__(self, rows):
-        out = []
-        for r in rows:
-            path, planes, shape = self.files[r]
-            x = read_fits(path, self.hdu)[0]
-            x = x if x.ndim == 3 else x[None]
-            if x.shape != shape:
-                raise CutoutError(path, f'its shape changed from {shape} to {x.shape} since it was opened', 'Open the folder again')
-            out.append(x[planes] if self.size is None else _fit(x[planes], self.size)[0])
-        return np.stack(out)
+def _parts(one, f, slots):
+    "Where the planes of an image belong among the bands of the set; None if its bands are not in it."
+    names = f.names or one.bands
+    planes = f.planes
+    if f.role != 'flux' and len(names) != len(planes):
+        cube = one.flux[0]
+        if len(planes) == 1:
+            planes = planes*len(names)
+        elif len(one.flux) == 1 and len(planes) == cube.image.shape[0]:
+            planes = cube.planes
+        else:
+            raise CutoutError(f.image.path, f'{f.role} of {len(planes)} planes for bands {", ".join(names)}', 'Give one plane for all bands, or one each', key=f.image.form.index)
+    here = [(p, slots[b]) for p, b in zip(planes, names) if b in slots]
+    return Part(f.image, tuple(p for p, _ in here), tuple(s for _, s in here), f.role, f.bits) if here else None
 
 # %% ../nbs/04_folders.ipynb #b54e63d8
-_SUFFIX = re.compile(r'\.(fits?|fts)(\.(gz|bz2|fz))?$|\.fz$', re.IGNORECASE)
 _LEGACY = ('decals', 'legacysurvey', 'legacy surveys', 'mzls', 'bass')
-
-def _list_fits(folder):
-    "The FITS files of a folder, by name, or a list of paths as given."
-    if isinstance(folder, (list, tuple)):
-        return [Path(p) for p in folder]
-    if not Path(folder).is_dir():
-        raise CutoutError(folder, 'no such folder', 'Check the path')
-    return sorted(p for p in Path(folder).iterdir() if _SUFFIX.search(p.name) and not p.name.startswith('.'))
+_IN_NAME = re.compile(r'_(\d{1,3}\.\d+)_([+-]?\d{1,2}\.\d+)$')
 
 def _survey_unit(header):
     "Survey and unit as the header tells them, in our words."
-    survey = str(header.get('SURVEY', '')).strip()
-    release = str(header.get('VERSION', '')).strip().lower()
-    if survey.lower() in _LEGACY and re.fullmatch(r'dr\d+-(north|south)', release):
-        survey = f'legacy-{release}'
+    survey, release = (str(header.get(k, '')).strip() for k in ('SURVEY', 'VERSION'))
+    if survey.lower() in _LEGACY and re.fullmatch(r'dr\d+-(north|south)', release.lower()):
+        survey = f'legacy-{release.lower()}'
     unit = str(header.get('BUNIT', '')).strip()
     if unit.lower() in ('nanomaggy', 'nanomaggies', 'nmgy') or not unit and survey.startswith('legacy-'):
         unit = 'nanomaggy'
     return survey, unit or 'unknown'
 
-def _shifted(cards, y0, x0):
-    "WCS cards whose pixel (0, 0) moved to (y0, x0)."
-    header = fits.Header.fromstring(cards)
-    header['CRPIX1'] -= x0
-    header['CRPIX2'] -= y0
-    return header.tostring()
+def _said_place(one):
+    "RA and Dec in degrees as a header without WCS, or the file's name, tells them; NaN if neither does."
+    ra, dec = (one.flux[0].cards.get(k) for k in ('RA', 'DEC'))
+    named = _IN_NAME.search(one.name)
+    if isinstance(ra, str) and isinstance(dec, str):
+        try:
+            sky = SkyCoord(ra, dec, unit=('hourangle', 'deg') if re.search('[: h]', ra.strip()) else 'deg')
+            ra, dec = sky.ra.deg, sky.dec.deg
+        except ValueError as e:
+            raise CutoutError(one.path, f'RA={ra!r} and DEC={dec!r} are no position ({e})', 'Repair the header') from e
+    elif named and (ra is None or dec is None):
+        ra, dec = float(named[1]), float(named[2])
+    numbers = all(isinstance(v, (int, float)) for v in (ra, dec))
+    return (float(ra), float(dec)) if numbers and 0 <= ra <= 360 and -90 <= dec <= 90 else (np.nan, np.nan)
+
+def _place(objects, refuse):
+    "RA, Dec and pixel scale of every object, (N, 3); those whose images lie on other pixels than their first are refused."
+    headers, shapes, owner, out = [], [], [], np.full((len(objects), 3), np.nan)
+    for i, one in enumerate(objects):
+        for f in one.flux:
+            try:
+                headers.append(wcs_cards(f.cards, f.image.path))
+            except CutoutError as e:
+                refuse(one, e)
+                headers.append(None)
+            shapes.append(one.shape)
+            owner.append((i, f))
+    places, errors = sky_places(headers, shapes)
+    first = {}
+    for k, (i, f) in enumerate(owner):
+        one, j = objects[i], first.setdefault(i, k)
+        if k in errors:
+            refuse(one, CutoutError(f.image.path, errors[k].reason, errors[k].hint))
+        elif k == j:
+            one.cards, out[i] = headers[k], places[k, :3]
+            if headers[k] is None:
+                out[i, :2] = _said_place(one)
+        elif (apart := places_apart(places[j], places[k])) > 0.1:
+            refuse(one, CutoutError(f.image.path, f'its pixels lie up to {apart:.1f} px from those of {one.path.name}', 'Bring the bands to one grid'))
+    return out
 
 # %% ../nbs/04_folders.ipynb #3be543e1
 def read_fits_folder(
@@ -117,55 +210,133 @@ def read_fits_folder(
     hdu=None,           # number or EXTNAME of the image in each file
     survey:str=None,    # name of the survey; None = as the first header tells
     unit:str=None,      # unit of the pixels; None = as the first header tells
+    pattern:str=None,   # where id, band and role stand in the names, e.g. '{id}_{band}.fits'; None = find out
+    pixscale:float=None,# arcsec per pixel; None = as the WCS tells
+    mask_bits:int=None, # which bits of a mask mean bad; None = every value but zero, or as its header tells
 )->CutoutSet:
-    "One object per FITS file; the pixels are read when asked for."
-    paths = _list_fits(folder)
-    if not paths:
-        raise CutoutError(folder, 'no FITS files in it', 'Check the folder; names must end in .fits, .fit, .fits.gz, .fits.bz2 or .fz')
-    facts, bad = [], []
-    for path in paths:
+    "Objects of FITS files; the pixels are read when asked for."
+    bands = (bands,) if isinstance(bands, str) else bands and tuple(bands)
+    named, deep = _objects_of(folder, pattern)
+    bad, forms = [], {}
+    def refuse(one, e):
+        if strict or len(named) == 1:
+            raise e
+        bad.append((one, str(getattr(one, 'path', one)), str(e)))
+    objects = []
+    for name, places in _bar(named):
         try:
-            facts.append(_facts(path, bands, hdu))
+            objects.append(_gather(name, places, bands, hdu, forms, strict))
         except CutoutError as e:
-            if strict or len(paths) == 1:
-                raise
-            bad.append({'path': str(path), 'reason': str(e)})
-    if not facts:
-        raise CutoutError(folder, f'none of its {len(paths)} FITS files can be read', f'The first: {bad[0]["reason"]}')
-    first = facts[0]
-    pixscale = _agree(folder, facts, size)
-    if size is not None:
-        for f in facts:
-            y0, x0 = (f.shape[1] - size)//2, (f.shape[2] - size)//2
-            f.cards = None if f.cards is None else _shifted(f.cards, y0, x0)
-    told = _survey_unit(first.header)
-    for k, what in ((0, 'survey'), (1, 'unit')):
-        odd = [f for f in facts if _survey_unit(f.header)[k] != told[k]]
-        if odd and (survey, unit)[k] is None:
-            raise CutoutError(folder, f'files of different {what}: {told[k]!r} in {first.path.name}, {_survey_unit(odd[0].header)[k]!r} in {odd[0].path.name}',
-                              f'Open them apart, or give {what}= if they are alike')
-    meta = {'id': as_ids([_SUFFIX.sub('', f.path.name) for f in facts], folder), 'ra': [f.ra for f in facts], 'dec': [f.dec for f in facts]}
-    cs = CutoutSet(Pixels(_Reader(facts, size, hdu), (len(facts), len(first.bands), *((size, size) if size else first.shape[1:]))), meta,
-                   first.bands, told[0] if survey is None else survey, pixscale, told[1] if unit is None else unit,
-                   headers=[f.cards for f in facts])
-    if bad:
-        cs.bad_files = pd.DataFrame(bad)
-        warnings.warn(f'{folder}: {len(bad)} of {len(paths)} files cannot be read and are left out; see bad_files')
+            refuse(next(iter(places.values())), e)
+    where = _place(objects, refuse)
+    refused = {id(one) for one, _, _ in bad}
+    keep = [i for i, one in enumerate(objects) if id(one) not in refused]
+    if not keep:
+        raise CutoutError(folder, f'none of its {len(named)} {"objects" if deep else "FITS files"} can be read', f'The first: {bad[0][2]}')
+    objects, where = [objects[i] for i in keep], where[keep]
+    bad_files = [{'path': path, 'reason': reason} for _, path, reason in bad]
+    cs = _as_set(folder, objects, where, bands, size, survey, unit, pixscale, mask_bits, deep)
+    lost = [{'path': str(one.path), 'reason': f'band {b} is missing, its plane is NaN. {one.lost.get(b, "")}'.strip()}
+            for one in objects for b in cs.bands if b not in one.bands]
+    if lost and strict:
+        raise CutoutError(lost[0]['path'], lost[0]['reason'], 'Complete it, or use strict=False')
+    if bad or lost:
+        cs.bad_files = pd.DataFrame(bad_files + lost)
+        texts = [f'{len(bad)} of {len(named)} {"objects" if deep else "files"} cannot be read and are left out']*bool(bad) + [f'{len(lost)} planes are missing and NaN']*bool(lost)
+        warnings.warn(f'{folder}: {"; ".join(texts)}; see bad_files')
     return cs if catalog is None else cs.join_catalog(catalog, strict)
 
+def _objects_of(folder, pattern):
+    "Pairs (id, {(role, band): path}), and whether objects have several files."
+    paths, below = list_fits(folder), False
+    if not isinstance(folder, (list, tuple)) and (pattern and '/' in pattern or not paths):
+        paths, below = list_fits(folder, deep=True), True
+    groups = group_files(paths, pattern, below) if paths else None
+    if not paths or below and groups is None:
+        raise CutoutError(folder, 'no FITS files in it', 'Check the folder; names must end in .fits, .fit, .fits.gz, .fits.bz2 or .fz')
+    if groups is None:
+        return [(stem(p), {('flux', None): p}) for p in paths], False
+    return list(groups.items()), True
+
+def _bar(named):
+    "The same, with a progress bar if it takes longer than three seconds."
+    from tqdm.auto import tqdm
+    return tqdm(named, desc='open', unit='obj', delay=3, leave=False)
+
+# %% ../nbs/04_folders.ipynb #0975ba2d
+def _as_set(folder, objects, where, bands, size, survey, unit, pixscale, bits, deep):
+    "The `CutoutSet` of objects whose headers are read."
+    scale = _agree(folder, objects, where, size, deep) if pixscale is None else pixscale
+    told = _told(folder, objects, survey, unit)
+    first = objects[0]
+    names = order_bands(dict.fromkeys(b for one in objects for b in (*one.bands, *one.lost))) if deep else first.bands
+    names = tuple(b for b in bands if b in names) if bands and deep else names
+    slots = {b: k for k, b in enumerate(names)}
+    shape = (len(names), *((size, size) if size else first.shape))
+    rows = {'flux': [[_parts(one, f, slots) for f in one.flux] for one in objects]}
+    others = [[p for p in (_parts(one, f, slots) for f in one.others if f.role != 'psf') if p] for one in objects]
+    rows['ivar'] = [best_noise(parts) for parts in others]
+    masks = [[p for p in parts if p.role == 'bad'] for parts in others]
+    for p in (p for parts in masks for p in parts):
+        p.bits = p.bits if bits is None else bits
+    rows['bad'] = [m + v for m, v in zip(masks, rows['ivar'])]
+    kinds = {'flux': (FluxRows, np.float32), 'ivar': (IvarRows, np.float32), 'bad': (BadRows, bool)}
+    pixels = {k: Pixels(kinds[k][0](v, shape), (len(v), *shape), kinds[k][1]) for k, v in rows.items() if any(v)}
+    blind = sum(len(names) > sum(len(p.slots) for p in parts) for parts in rows['ivar'])
+    if any(rows['ivar']) and blind:
+        warnings.warn(f'{folder}: {blind} of {len(objects)} objects lack a noise image of a band; their ivar is NaN there')
+    if size is not None:
+        for one in objects:
+            y0, x0 = (one.shape[0] - size)//2, (one.shape[1] - size)//2
+            one.cards = one.cards and shift_cards(one.cards, y0, x0)
+    meta = {'id': as_ids([one.name for one in objects], folder), 'ra': where[:, 0], 'dec': where[:, 1]}
+    return CutoutSet(**pixels, meta=meta, bands=names, survey=told[0], pixscale=scale, unit=told[1],
+                     psf_fwhm=_seeing(folder, objects, slots, scale), headers=[one.cards for one in objects])
+
+def _seeing(folder, objects, slots, scale):
+    "FWHM of the PSF images, (N, B) arcsec; None if there are none. Their pixels are those of the cutouts."
+    if not any(f.role == 'psf' for one in objects for f in one.others):
+        return None
+    if not np.isfinite(scale):
+        warnings.warn(f'{folder}: the PSF images are not used, for the pixel scale is unknown; give pixscale=')
+        return None
+    out = np.full((len(objects), len(slots)), np.nan)
+    for i, one in enumerate(objects):
+        for part in (_parts(one, f, slots) for f in one.others if f.role == 'psf'):
+            stars = part.image.read() if part else ()
+            widths = {p: psf_width(stars[p])*scale for p in set(part.planes)} if part else {}
+            out[i, list(part.slots) if part else []] = [widths[p] for p in part.planes] if part else []
+    return out
+
 # %% ../nbs/04_folders.ipynb #2719a260
-def _agree(folder, facts, size):
-    "Files of one set have the same bands, size and pixel scale; the scale."
-    for what, values in {'bands': [','.join(f.bands) for f in facts], 'size': ['x'.join(map(str, f.shape[1:])) for f in facts]}.items():
-        count = pd.Series(values).value_counts()
-        if len(count) > 1 and not (what == 'size' and size is not None):
-            odd = facts[values.index(count.index[-1])].path.name
+def _agree(folder, objects, where, size, deep):
+    "Objects of one set have the same bands, size and pixel scale; the scale."
+    kinds = {'bands': [','.join(sorted(o.bands)) for o in objects] if not deep else [], 'size': ['x'.join(map(str, o.shape)) for o in objects] if size is None else []}
+    for what, values in kinds.items():
+        count = pd.Series(values, dtype=str).value_counts()
+        if len(count) > 1:
             text = ', '.join(f'{n} of {v}' for v, n in count.items())
-            raise CutoutError(folder, f'files of different {what}: {text} (e.g. {odd})', 'Give size= to cut or pad them alike' if what == 'size' else 'Give bands= all have')
-    scales = [f.pixscale for f in facts if np.isfinite(f.pixscale)]
-    if scales and max(scales) > 1.01*min(scales):
-        raise CutoutError(folder, f'pixel scales from {min(scales):.4f} to {max(scales):.4f} arcsec', 'Open each survey on its own')
-    return float(np.median(scales)) if scales else np.nan
+            names = ' and '.join(objects[values.index(v)].path.name for v in (count.index[-1], count.index[0]))
+            raise CutoutError(folder, f'files of different {what}: {text} (e.g. {names})', 'Give size= to cut or pad them alike' if what == 'size' else 'Give bands= all have')
+    scales = where[:, 2]
+    known = scales[np.isfinite(scales)]
+    if len(known) and known.max() > 1.01*known.min():
+        low, high = (objects[i].path.name for i in (np.nanargmin(scales), np.nanargmax(scales)))
+        raise CutoutError(folder, f'pixel scales from {known.min():.4f} to {known.max():.4f} arcsec ({low} and {high})', 'Open each survey on its own')
+    return float(np.median(known)) if len(known) else np.nan
+
+def _told(folder, objects, survey, unit):
+    "The survey and the unit that all headers tell, or those given."
+    given, first, out = (survey, unit), objects[0], []
+    said = [(one, _survey_unit(f.cards)) for one in objects for f in one.flux]
+    for k, what in enumerate(('survey', 'unit')):
+        odd = next((one for one, s in said if s[k] != said[0][1][k]), None)
+        if odd is not None and given[k] is None:
+            values = [next(s[k] for o, s in said if o is odd and s[k] != said[0][1][k]), said[0][1][k]]
+            raise CutoutError(folder, f'files of different {what}: {values[1]!r} in {first.path.name}, {values[0]!r} in {odd.path.name}',
+                              f'Open them apart, or give {what}= if they are alike')
+        out.append(said[0][1][k] if given[k] is None else given[k])
+    return out
 
 # %% ../nbs/04_folders.ipynb #05273cbc
 def read_cutout(
@@ -180,17 +351,20 @@ def read_cutout(
 def open_fits(
     path,               # a FITS file, a folder of them, or a list of files
     bands=None,         # names wanted
-    size:int=None,      # cut or pad every file to size x size about its centre
+    size:int=None,      # cut or pad to size x size
     strict:bool=False,  # True = the first bad file is an error
 )->CutoutSet|None:      # None if there is no FITS here
     "FITS as a layout of `open_cutouts`."
     if isinstance(path, (list, tuple)):
-        return read_fits_folder(path, bands, strict=strict, size=size) if all(_SUFFIX.search(Path(p).name) for p in path) else None
+        return read_fits_folder(path, bands, strict=strict, size=size) if all(FITS_NAME.search(Path(p).name) for p in path) else None
     path = Path(path)
     if path.is_dir():
-        return read_fits_folder(path, bands, strict=strict, size=size) if _list_fits(path) else None
+        if list_fits(path):
+            return read_fits_folder(path, bands, strict=strict, size=size)
+        below = list_fits(path, deep=True)
+        return read_fits_folder(path, bands, strict=strict, size=size) if below and group_files(below, deep=True) else None
     with open(path, 'rb') as f:
         magic = f.read(9)
-    if _SUFFIX.search(path.name) or magic == b'SIMPLE  =':
+    if FITS_NAME.search(path.name) or magic == b'SIMPLE  =':
         return read_fits_folder([path], bands, strict=True, size=size)
     return None
