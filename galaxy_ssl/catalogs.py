@@ -195,12 +195,19 @@ def _linked(meta, radius):
     "A number per object, the same for objects linked within `radius` arcsec."
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
+    from scipy.spatial import KDTree
     for c in ('ra', 'dec'):
         if c not in meta:
             raise CutoutError('objects', f'no column {c!r} among {list(meta)[:8]}', 'Coordinates in degrees are needed')
-    i, j = match_sky(meta.ra, meta.dec, meta.ra, meta.dec, radius)
-    n = len(meta)
-    return connected_components(coo_matrix((np.ones(len(i), bool), (i, j)), (n, n)), directed=False)[1]
+    ra, dec = (np.radians(meta[c].to_numpy(np.float64)) for c in ('ra', 'dec'))
+    if (np.abs(dec) > np.pi/2 + 1e-12).any():
+        raise CutoutError('objects', f'declinations up to {np.nanmax(np.abs(np.degrees(dec))):g} degrees', 'Give ra and dec in degrees')
+    placed = np.flatnonzero(np.isfinite(ra) & np.isfinite(dec))
+    ra, dec = ra[placed], dec[placed]
+    tree = KDTree(np.stack([np.cos(dec)*np.cos(ra), np.cos(dec)*np.sin(ra), np.sin(dec)], axis=1), compact_nodes=False, balanced_tree=False)
+    chord = 2*np.sin(np.radians(radius/3600)/2)
+    i, j = placed[tree.query_pairs(chord, output_type='ndarray')].T if len(placed) else np.zeros((2, 0), int)
+    return connected_components(coo_matrix((np.ones(len(i), bool), (i, j)), (len(meta), len(meta))), directed=False)[1]
 
 # %% ../nbs/06_catalogs.ipynb #6cbcc3ad
 def dedupe(
@@ -225,7 +232,7 @@ def _assign(groups, fractions, names, seed):
         raise CutoutError('fractions', f'{len(fractions)} fractions for the names {tuple(names)}', 'Give one fraction per name')
     if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise CutoutError('fractions', f'{tuple(fractions)} add up to {sum(fractions):g}', 'Fractions are positive and add up to 1')
-    keys, member = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    member, keys = pd.factorize(np.asarray(groups, dtype=object))
     wanted = np.flatnonzero(np.asarray(fractions) > 0)
     if len(keys) < len(wanted):
         raise CutoutError('split', f'{len(keys)} groups cannot fill {len(wanted)} parts', 'Use smaller cells or fewer parts')
@@ -249,11 +256,11 @@ def split_sky(
     "Split by regions of the sky."
     meta = _table(objects)
     group = _linked(meta, link_arcsec)
-    ra, dec = meta.ra.to_numpy(np.float64), meta.dec.to_numpy(np.float64)
+    ra, dec = meta['ra'].to_numpy(np.float64), meta['dec'].to_numpy(np.float64)
     missing = ~(np.isfinite(ra) & np.isfinite(dec))
     if missing.any():
         raise CutoutError('split', f'{missing.sum()} of {len(meta)} objects have no coordinates', 'Drop them, or use split_groups')
-    cells, number = np.unique(_cells(ra, dec, cell_deg), return_inverse=True)
+    number, cells = pd.factorize(_cells(ra, dec, cell_deg), sort=True)
     first = np.full(group.max() + 1, len(cells))
     np.minimum.at(first, group, number)
     part = _assign(cells[first[group]], fractions, names, seed)
@@ -291,20 +298,19 @@ def hold_out(
 )->pd.Series:           # 'train' or 'val' of each object
     "Split off a validation part by sky where positions are known, by id elsewhere."
     how = dict(fractions=(1 - fraction, fraction), names=('train', 'val'), seed=seed)
-    placed = np.isfinite(meta[['ra', 'dec']]).all(axis=1)
-    parts = []
-    for rows, spread in ((meta[placed], True), (meta[~placed], False)):
-        if len(rows) < 2 or spread and len(rows[['ra', 'dec']].drop_duplicates()) < 2:
-            parts.append(pd.Series('train', index=rows.index, dtype=object))
-        else:
-            parts.append(split_sky(rows, cell_deg=_field_cell(rows), **how) if spread else split_groups(rows, **how))
-    return pd.concat(parts).loc[meta.index].rename('split')
+    placed = np.isfinite(meta[['ra', 'dec']]).all(axis=1).to_numpy()
+    part = np.full(len(meta), 'train', dtype=object)
+    for mine, spread in ((placed, True), (~placed, False)):
+        rows = meta[mine]
+        if len(rows) >= 2 and not (spread and len(rows[['ra', 'dec']].drop_duplicates()) < 2):
+            part[mine] = split_sky(rows, cell_deg=_field_cell(rows), **how) if spread else split_groups(rows, **how)
+    return pd.Series(part, index=meta.index, name='split', dtype=object)
 
 def _field_cell(meta):
     "Side of a sky cell in degrees: 0.1, or less where the whole field is small, so that there are some hundred cells."
-    ra = np.sort(np.mod(meta.ra.to_numpy(), 360))
-    width = (360 - np.diff(np.r_[ra, ra[0] + 360]).max())*np.cos(np.deg2rad(meta.dec.mean()))
-    return float(np.clip(np.sqrt(max(width*np.ptp(meta.dec), 0)/400), 10/3600, 0.1))
+    ra = np.sort(np.mod(meta['ra'].to_numpy(), 360))
+    width = (360 - np.diff(np.r_[ra, ra[0] + 360]).max())*np.cos(np.deg2rad(meta['dec'].mean()))
+    return float(np.clip(np.sqrt(max(width*np.ptp(meta['dec']), 0)/400), 10/3600, 0.1))
 
 # %% ../nbs/06_catalogs.ipynb #ca3cda1f
 def save_split(

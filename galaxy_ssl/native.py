@@ -17,7 +17,7 @@ import pandas as pd
 
 from .core import CutoutError, atomic_write, open_h5
 from .cutouts import CutoutSet
-from .rows import claim_space, reserve, stored_pixels, write_rows
+from .store import claim_space, reserve, stored_pixels, write_rows
 
 # %% ../nbs/03_native.ipynb #e039f687
 FORMAT = 'galaxy_ssl cutouts'
