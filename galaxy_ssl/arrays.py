@@ -17,7 +17,7 @@ import numpy as np
 from .columns import tidy_columns
 from .core import CutoutError
 from .cutouts import CutoutSet, MappedRows, Pixels
-from .stored import RGB, TOO_LARGE, ChannelsLast, as_names, name_bands
+from .stored import RGB, TOO_LARGE, ChannelsLast, Wrapper, as_names, name_bands
 
 # %% ../nbs/04_arrays.ipynb #89015dd7
 def npy_header(
@@ -127,11 +127,12 @@ def _data_offset(path, info):
 # %% ../nbs/04_arrays.ipynb #37c4eb72
 _BAD_BITS = sum(1 << b for b in (0, 1, 3, 4, 7, 8))
 
-class _Computed:
+class _Computed(Wrapper):
     "Rows computed from the rows of another reader."
 
     def __init__(self, read, how):
-        self.read, self.how = read, how
+        super().__init__(read)
+        self.how = how
 
     def __call__(self, rows):
         x = self.read(rows)
@@ -140,11 +141,12 @@ class _Computed:
                 return np.where(x > 0, 1/x, 0).astype(np.float32)
         return x.astype(bool) if x.dtype.kind == 'b' or x.max(initial=0) <= 1 else (x.astype(np.int64) & _BAD_BITS) != 0
 
-class _OneObject:
+class _OneObject(Wrapper):
     "An array of one object, as rows."
 
     def __init__(self, read, n):
-        self.read, self.n = read, n
+        super().__init__(read)
+        self.n = n
 
     def __call__(self, rows):
         return np.stack([self.read(np.arange(self.n)) for _ in rows])
@@ -192,11 +194,8 @@ def _pixels(rows, shape, full, last, kind, how=None):
         rows = _OneObject(rows, shape[0]) if full[0] == 1 else _OneBand(rows)
     return array_pixels(rows if how is None else _Computed(rows, how), full, last, kind)
 
-class _OneBand:
+class _OneBand(Wrapper):
     "Rows (y, x) handed out as (1, y, x)."
-
-    def __init__(self, read):
-        self.read = read
 
     def __call__(self, rows):
         return self.read(rows)[:, None]

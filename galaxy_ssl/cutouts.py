@@ -256,9 +256,23 @@ class _Fitted:
         fill,      # value beyond the edge
     ):
         self.pixels, self.size, self.fill = pixels, size, fill
+        read, (n, b, h, w) = pixels.read, pixels.shape
+        whole = isinstance(read, MappedRows) and len(pixels.rows) == read.shape[0] and read.shape[1:] == (b, h, w)
+        self.lines = MappedRows(read.path, read.offset, (n*b*h, w), read.dtype) if whole and h > size else None
 
     def __call__(self, rows):
-        return fit_pixels(self.pixels[rows], self.size, self.fill)
+        if self.lines is None or self.pixels.bands is not None:
+            return fit_pixels(self.pixels[rows], self.size, self.fill)
+        _, b, h, w = self.pixels.shape
+        first = (self.pixels.rows[rows][:, None]*b + np.arange(b))*h + (h - self.size)//2
+        x = self.lines((first[..., None] + np.arange(self.size)).ravel()).reshape(len(rows), b, self.size, w)
+        return fit_pixels(x.astype(self.pixels.dtype, copy=False), self.size, self.fill)
+
+    def close(self):
+        "Let go of the files; they are opened again when needed."
+        for read in (self.pixels.read, self.lines):
+            if hasattr(read, 'close'):
+                read.close()
 
 @patch
 def fit(self:CutoutSet,

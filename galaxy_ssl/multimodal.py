@@ -18,18 +18,19 @@ import pyarrow.parquet as pq
 from .columns import plain_column, tidy_columns
 from .core import CutoutError, open_h5
 from .cutouts import CutoutSet, Pixels
-from .stored import TOO_LARGE, UNPACKED, h5_catalog, h5_pixels, h5_rows, is_h5
+from .stored import TOO_LARGE, UNPACKED, Wrapper, h5_catalog, h5_pixels, h5_rows, is_h5
 from .surveys import BAND_WAVELENGTH
 
 # %% ../nbs/04_multimodal.ipynb #96c612e3
 _FLUX = ('flux', 'array')
 _MASK = ('mask', 'bit_mask')
 
-class _Planes:
+class _Planes(Wrapper):
     "Rows of planes; a mask of good pixels, or one plane for all bands, is made into what `bad` wants."
 
     def __init__(self, read, n_bands, good=False):
-        self.read, self.n_bands, self.good = read, n_bands, good
+        super().__init__(read)
+        self.n_bands, self.good = n_bands, good
 
     def __call__(self, rows):
         x = self.read(rows)

@@ -21,7 +21,8 @@ from .cutouts import LAYOUTS, CutoutSet, concat
 
 # %% ../nbs/03_opening.ipynb #e85aece2
 _LISTED = ('fits', 'pictures')  # layouts of one object per file: their openers also take a list of files
-_PARTS = (('.h5', '.hdf5', '.hdf'), ('.npz',), ('.npy',), ('.parquet',))  # files of many objects, in the order in which a folder is searched
+_PARTS = ('*.h5', '*.hdf5', '*.hdf'), ('*.npz',), ('*.npy',)   # files of many objects, in the order in which a folder is searched
+_DEEPER = ('*/*.h5', '*/*.hdf5', '*/*.hdf'), ('*.parquet',), ('*/*.parquet',)  # searched where the folder itself holds no cutouts
 
 def _open_one(path, layout, bands, size, strict):
     "One file or folder."
@@ -29,22 +30,23 @@ def _open_one(path, layout, bands, size, strict):
         raise CutoutError(path, 'no such file or folder', 'Check the path')
     if path.is_file() and path.stat().st_size == 0:
         raise CutoutError(path, 'empty file (0 bytes)', 'Download or write it again')
-    if path.is_dir() and layout not in _LISTED and (parts := _parts(path)):
+    if path.is_dir() and layout not in _LISTED and (parts := _parts(path, _PARTS)):
         return _open_many(parts, layout, bands, size, strict)
     for name in [layout] if layout else LAYOUTS:
         with _naming(path):
             cs = resolve(LAYOUTS[name])(path, bands=bands, size=size, strict=strict)
             if cs is not None:
                 return cs if size is None else cs.fit(size)
+    if path.is_dir() and layout not in _LISTED and (parts := _parts(path, _DEEPER)):
+        return _open_many(parts, layout, bands, size, strict)
     raise CutoutError(path, _not_known(path), f'Known layouts: {", ".join(LAYOUTS)}')
 
-def _parts(folder):
-    "The files of many objects in a folder, or else in the folders in it."
-    for kinds in _PARTS:
-        for level in ('', '*/'):
-            parts = sorted(p for kind in kinds for p in folder.glob(f'{level}*{kind}') if not p.name.startswith('.'))
-            if parts:
-                return parts
+def _parts(folder, kinds):
+    "The files in a folder of the first kind that is there."
+    for patterns in kinds:
+        found = sorted(p for pattern in patterns for p in folder.glob(pattern) if p.is_file() and not p.name.startswith('.'))
+        if found:
+            return found
 
 @contextmanager
 def _naming(path):

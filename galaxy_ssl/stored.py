@@ -6,7 +6,7 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/stored.html.md"""
 
 # %% auto #0
 __all__ = ['RGB', 'TOO_LARGE', 'UNPACKED', 'is_h5', 'check_stored', 'h5_catalog', 'as_names', 'name_bands', 'h5_facts', 'as_text',
-           'ByteCache', 'ChannelsLast', 'ChunkedRows', 'h5_rows', 'h5_pixels', 'DecodedRows']
+           'ByteCache', 'Wrapper', 'ChannelsLast', 'ChunkedRows', 'h5_rows', 'h5_pixels', 'DecodedRows']
 
 # %% ../nbs/03_stored.ipynb #2f5ba72e
 import json
@@ -169,13 +169,21 @@ class ByteCache:
 UNPACKED = ByteCache(TOO_LARGE)  # of this process
 
 # %% ../nbs/03_stored.ipynb #6fcd02e9
-class ChannelsLast:
-    "Rows stored (H, W, bands), handed out (bands, H, W)."
+class Wrapper:
+    "A reader made of another one."
 
     def __init__(self,
-        read,  # rows -> (n, H, W, bands)
+        read,  # rows -> array
     ):
         self.read = read
+
+    def close(self):
+        "Let go of the file; it is opened again when needed."
+        if hasattr(self.read, 'close'):
+            self.read.close()
+
+class ChannelsLast(Wrapper):
+    "Rows stored (H, W, bands), handed out (bands, H, W)."
 
     def __call__(self, rows):
         return self.read(rows).transpose(0, 3, 1, 2)

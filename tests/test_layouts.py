@@ -266,6 +266,28 @@ def test_one_bad_part_in_many_is_listed(tmp_path):
         open_cutouts(f'{tmp_path}/*.npy', bands=['g', 'r', 'z'], strict=True)
 
 
+def test_what_else_lies_in_a_folder_does_not_hide_its_cutouts(tmp_path):
+    path, _, truth = png(tmp_path)
+    pd.DataFrame({'id': IDS, 'kind': list('ABCDEF')}).to_parquet(tmp_path/'labels.parquet')
+    (tmp_path/'old').mkdir()
+    native(tmp_path/'old')
+    cs = open_cutouts(tmp_path, catalog=tmp_path/'labels.parquet')
+    assert cs.bands == ('R', 'G', 'B') and cs.meta['kind'].tolist() == list('ABCDEF')
+
+
+def test_more_parts_than_files_may_be_open(tmp_path):
+    for k in range(300):
+        np.save(tmp_path/f'{k:03d}.npy', BYTES[:1] if k else BYTES[1:2])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    cs = open_cutouts(tmp_path)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (250, hard))
+    try:
+        flux = np.stack([cs.flux[i] for i in range(len(cs))])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert np.array_equal(flux[0], RGB[1]) and (flux[1:] == RGB[0]).all()
+
+
 def write_catalog(rows, path):
     if path.suffix == '.csv':
         rows.to_csv(path, index=False)
