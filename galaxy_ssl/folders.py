@@ -134,12 +134,12 @@ def _parts(one, f, slots):
     "Where the planes of an image belong among the bands of the set; None if its bands are not in it."
     names = f.names or one.bands
     planes = f.planes
-    if f.role != 'flux' and len(names) != len(planes):
+    if f.role != 'flux':
         cube = one.flux[0]
-        if len(planes) == 1:
-            planes = planes*len(names)
-        elif len(one.flux) == 1 and len(planes) == cube.image.shape[0]:
+        if f.names is None and len(one.flux) == 1 and len(planes) == cube.image.shape[0]:
             planes = cube.planes
+        elif len(planes) == 1:
+            planes = planes*len(names)
         else:
             raise CutoutError(f.image.path, f'{f.role} of {len(planes)} planes for bands {", ".join(names)}', 'Give one plane for all bands, or one each', key=f.image.form.index)
     here = [(p, slots[b]) for p, b in zip(planes, names) if b in slots]
