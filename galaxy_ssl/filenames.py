@@ -7,14 +7,14 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/filenames.html.md"""
 # %% auto #0
 __all__ = ['FITS_NAME', 'list_fits', 'stem', 'group_files']
 
-# %% ../nbs/03_filenames.ipynb #ff2deedc
+# %% ../nbs/03_filenames.ipynb #f36eee23
 import re
 from pathlib import Path
 
 from .core import CutoutError
 from .roles import ROLES, name_parts, spell_bands
 
-# %% ../nbs/03_filenames.ipynb #15f0568b
+# %% ../nbs/03_filenames.ipynb #9c626a9b
 FITS_NAME = re.compile(r'(\.(fits?|fts)(\.(gz|bz2|fz))?|\.fz)$', re.IGNORECASE)
 
 def list_fits(
@@ -38,7 +38,7 @@ def stem(
     name = FITS_NAME.sub('', path.name)
     return f'{path.parent.name}/{name}' if deep else name
 
-# %% ../nbs/03_filenames.ipynb #caee58dc
+# %% ../nbs/03_filenames.ipynb #ef28a9ad
 def _pattern(text):
     "A regular expression for a pattern such as '{id}_{band}.fits'."
     words = '|'.join(w for words in ROLES.values() for w in words.split())
@@ -63,7 +63,7 @@ def _by_pattern(paths, pattern):
         raise CutoutError('pattern', f'{pattern!r} fits none of {len(paths)} files, e.g. {paths[0].name}', 'Change the pattern')
     return out
 
-# %% ../nbs/03_filenames.ipynb #aef0a7f2
+# %% ../nbs/03_filenames.ipynb #55fb0f6f
 def group_files(
     paths,             # FITS files
     pattern:str=None,  # e.g. '{id}_{band}.fits'; None = find out
@@ -75,10 +75,8 @@ def group_files(
     groups = {}
     for path, (name, role, band) in said.items():
         place = (role or 'flux', spelt.get(band))
-        if place[0] == 'other':
-            continue
         taken = groups.setdefault(name, {})
-        if place in taken or not name:
+        if place in taken and role != 'other' or not name:
             if pattern:
                 raise CutoutError(path, f'is {place[0]}{" in " + place[1] if place[1] else ""} of {name!r}, and so is {taken.get(place)}', 'Make the pattern say more')
             return None
@@ -87,4 +85,5 @@ def group_files(
     mixed = any(len({band is None for role, band in g if role == 'flux'}) > 1 for g in groups.values())
     if not pattern and (mixed or 2*len(complete) < len(groups) or not any(len(g) > 1 for g in complete)):
         return None
-    return groups
+    kept = {name: {place: path for place, path in g.items() if place[0] != 'other'} for name, g in groups.items()}
+    return {name: g for name, g in kept.items() if g}
