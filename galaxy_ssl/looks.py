@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 
 from .core import CutoutError
-from .stretch import FMAX, Stretch, check_bands, new_pixels, sky_stats, slabs
+from .stretch import FMAX, Stretch, check_bands, finite, new_pixels, sky_stats, slabs
 
 # %% ../nbs/12_looks.ipynb #8d52b75e
 class ImageStretch(Stretch):
@@ -60,13 +60,9 @@ def _sane(level, width, *rest):
     level = torch.where(known, level, 0).clamp(-FMAX/4, FMAX/4)
     return [level, torch.where(flat | ~known, 1, width).clamp(max=FMAX/2), *(torch.where(flat | ~known, .5, r) for r in rest)]
 
-def _good(rows):
-    "Where a row has data."
-    return torch.from_numpy(np.isfinite(rows.numpy())) if rows.device.type == 'cpu' else rows.isfinite()
-
 def _quantiles(rows, *q):
     "Percentiles q (0..100) of each row (n,pixels), linear between neighbours, bad pixels left out; NaN for empty rows."
-    rows = torch.where(_good(rows), rows, torch.nan)
+    rows = torch.where(finite(rows), rows, torch.nan)
     rows = torch.from_numpy(np.sort(rows.numpy(), -1)) if rows.device.type == 'cpu' else rows.sort(-1).values
     last = ((~rows.isnan()).sum(-1) - 1).clamp(min=0).double()
     out = []
@@ -125,7 +121,7 @@ class ZScoreStretch(ImageStretch):
         super().__init__()
 
     def _measure(self, rows):
-        good = _good(rows)
+        good = finite(rows)
         n = good.sum(-1).clamp(min=1)
         v = torch.where(good, rows, 0).double()
         mean = v.sum(-1)/n
@@ -139,7 +135,7 @@ class MinMaxStretch(ImageStretch):
         super().__init__()
 
     def _measure(self, rows):
-        good = _good(rows)
+        good = finite(rows)
         low = torch.where(good, rows, torch.inf).amin(-1).double()
         return low, torch.where(good, rows, -torch.inf).amax(-1).double() - low
 
