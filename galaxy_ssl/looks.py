@@ -40,13 +40,13 @@ class ImageStretch(Stretch):
         return [[s[r.isfinite().any(1)].median().item() if r.isfinite().any() else d for s, d in zip(_sane(*self._measure(r)), (0., 1., .5))] for r in rows]
 
     def _statistics(self, x):
-        "What `_apply` needs for (n,C,H,W), each (n or 1,C,1,1)."
+        "What `_map` needs for (n,C,H,W), each (n or 1,C,1,1)."
         if self.per_image:
             found = _sane(*self._measure(x.detach().flatten(2).flatten(0, 1)))
             return [s.float().view(*x.shape[:2], 1, 1) for s in found]
         return [getattr(self, s)[:,None,None] for s in self.stats]
 
-    def _apply(self, x, level, width):
+    def _map(self, x, level, width):
         return (x - level)/width
 
     def _undo(self, u, level, width):
@@ -94,7 +94,7 @@ def forward(
     def work(x):
         level, width, *rest = self._statistics(x)
         limit = FMAX/4*width.clamp(max=1)
-        return self._apply(torch.clamp(x, -limit, limit), level, width, *rest)
+        return self._map(torch.clamp(x, -limit, limit), level, width, *rest)
     return _by_slabs(flux.float().reshape(-1, *flux.shape[-3:]), work).view(flux.shape)
 
 @patch
@@ -157,7 +157,7 @@ class PercentileStretch(ImageStretch):
         low, high = _quantiles(rows, self.low, self.high)
         return low, high - low
 
-    def _apply(self, x, level, width):
+    def _map(self, x, level, width):
         return ((x - level)/width).clamp(0, 1)
 
 # %% ../nbs/12_looks.ipynb #07bf1c72
@@ -195,7 +195,7 @@ class MTFStretch(ImageStretch):
         sky = (median - black)/(white - black)
         return black, white - black, torch.where((sky > 0) & (sky < 1), mtf(sky, self.background).clamp(1e-7, 1 - 1e-7), .5)
 
-    def _apply(self, x, level, width, midtone):
+    def _map(self, x, level, width, midtone):
         return mtf(((x - level)/width).clamp(0, 1), midtone)
 
     def _undo(self, u, level, width, midtone):
