@@ -11,7 +11,6 @@ __all__ = ['centre_crop', 'resize_flux', 'AugmentConfig', 'draw_params', 'crop_d
 # %% ../nbs/12_augment.ipynb #7584b8c5
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 

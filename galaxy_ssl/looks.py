@@ -229,14 +229,35 @@ class DR2Stretch(Stretch):
             return [[DR2_SCALES[b]] for b in bands]
         return [[.012/sky_stats(flux[:,c])[1]] for c in range(flux.shape[1])]
 
-    def _limit(self):
-        "Largest |flux| whose intensity stays finite, (C,1,1)."
-        return (FMAX/4/self.Q/self.scale.clamp(min=1))[:,None,None]
+    def forward(self, flux):
+        "Image 0..1 (...,C,H,W) float32 of flux, NaN where flux is NaN."
+        check_bands(self, flux)
+        x = flux.float().reshape(-1, *flux.shape[-3:])
+        if x.device.type != 'cpu' or (torch.is_grad_enabled() and x.requires_grad):
+            return _joint(self, x).view(flux.shape)
+        x, out = x.detach().contiguous(), new_pixels(*x.shape)
+        for s in slabs(x, self.slab_bytes):
+            _joint_np(self, x[s].numpy(), out[s].numpy())
+        return out.view(flux.shape)
+
+    def inverse(self, image, like=None):
+        "Flux (...,C,H,W) of an image, up to what was clipped; nothing is measured per image, so `like` is not used."
+        check_bands(self, image)
+        u = image.float()
+        known = finite(u)
+        bright = torch.where(known, u, 0).clamp(min=0).sum(-3, keepdim=True)/known.sum(-3, keepdim=True).clamp(min=1)
+        total = torch.sinh((math.sqrt(self.Q)*bright).clamp(max=80))/self.Q
+        gain = torch.where(total > 1e-6, bright/total.clamp(min=1e-6), math.sqrt(self.Q))
+        return (u/gain - self.m)/self.scale[:,None,None]
 
 # %% ../nbs/12_looks.ipynb #d907f113
+def _limit(self):
+    "Largest |flux| whose intensity stays finite, (C,1,1)."
+    return (FMAX/4/self.Q/self.scale.clamp(min=1))[:,None,None]
+
 def _joint(self, x):
     "dr2_rgb of (n,C,H,W) by torch."
-    limit = self._limit()
+    limit = _limit(self)
     v = torch.clamp(x, -limit, limit)*self.scale[:,None,None] + self.m
     known = ~v.isnan()
     total = torch.where(known, v, 0).clamp(min=0).sum(1, keepdim=True)/known.sum(1, keepdim=True).clamp(min=1)
@@ -245,7 +266,7 @@ def _joint(self, x):
 
 def _joint_np(self, x, v):
     "dr2_rgb of x (n,C,H,W) by numpy, into v."
-    limit, scale = self._limit().numpy(), self.scale[:,None,None].numpy()
+    limit, scale = _limit(self).numpy(), self.scale[:,None,None].numpy()
     np.clip(x, -limit, limit, out=v)
     v *= scale
     v += np.float32(self.m)
@@ -261,35 +282,3 @@ def _joint_np(self, x, v):
     part *= np.float32(1/math.sqrt(self.Q))
     v *= part[:,None]
     np.clip(v, 0, 1, out=v)
-
-# %% ../nbs/12_looks.ipynb #aaf29d74
-@patch
-def forward(
-    self:DR2Stretch,
-    flux:torch.Tensor, # (...,C,H,W) flux, NaN = no data
-)->torch.Tensor:       # (...,C,H,W) float32 image 0..1, NaN where flux is NaN
-    "Stretch flux into network input."
-    check_bands(self, flux)
-    x = flux.float().reshape(-1, *flux.shape[-3:])
-    if x.device.type != 'cpu' or (torch.is_grad_enabled() and x.requires_grad):
-        return _joint(self, x).view(flux.shape)
-    x = x.detach().contiguous()
-    out = new_pixels(*x.shape)
-    for s in slabs(x, self.slab_bytes):
-        _joint_np(self, x[s].numpy(), out[s].numpy())
-    return out.view(flux.shape)
-
-@patch
-def inverse(
-    self:DR2Stretch,
-    image:torch.Tensor, # (...,C,H,W) stretched image
-    like=None,          # not used: nothing is measured per image
-)->torch.Tensor:        # (...,C,H,W) float32 flux
-    "Undo the stretch, up to what was clipped."
-    check_bands(self, image)
-    u = image.float()
-    known = ~u.isnan()
-    bright = torch.where(known, u, 0).clamp(min=0).sum(-3, keepdim=True)/known.sum(-3, keepdim=True).clamp(min=1)
-    total = torch.sinh((math.sqrt(self.Q)*bright).clamp(max=80))/self.Q
-    gain = torch.where(total > 1e-6, bright/total.clamp(min=1e-6), math.sqrt(self.Q))
-    return (u/gain - self.m)/self.scale[:,None,None]
