@@ -11,14 +11,13 @@ __all__ = ['centre_crop', 'resize_flux', 'AugmentConfig', 'draw_params', 'crop_d
 # %% ../nbs/12_augment.ipynb #7584b8c5
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from .conditions import Conditions, draw_lognormal, extinction, extra_blur, extra_noise, get_spread, redden
 from .core import CutoutError
 from .draws import Draws
-from .stretch import new_pixels, slabs
+from .stretch import all_finite, finite, new_pixels, slabs
 
 # %% ../nbs/12_augment.ipynb #a31e3564
 def centre_crop(
@@ -176,10 +175,6 @@ def _margin(g, n):
     edge = 1e-3 # rounding of the grid, pixels
     return 1 - (1 - 2*edge)/n - g.abs()
 
-def _all_finite(x):
-    "Whether a CPU tensor is known to hold only finite values; never asks an accelerator."
-    return x.device.type == 'cpu' and bool(x.sum().isfinite())
-
 # %% ../nbs/12_augment.ipynb #2335e1d9
 def warp(
     flux:torch.Tensor,        # (B,C,H,W) flux, NaN = bad
@@ -195,7 +190,7 @@ def warp(
     mirror = torch.zeros(len(flux), dtype=torch.bool, device=flux.device) if mirror is None else mirror
     x, y = _source(angle.float(), zoom.float(), shift.float(), mirror, size, H, W)
     value = F.grid_sample(flux.float(), torch.stack([x, y], -1), mode='bilinear', padding_mode='zeros', align_corners=False)
-    if not _all_finite(value):
+    if not all_finite(value):
         value = value + value*0
     corners = [_margin(g[:,[0,0,-1,-1],[0,-1,0,-1]], n) for g, n in ((x, W), (y, H))]
     if x.device.type != 'cpu' or torch.cat(corners).min() < 0:
@@ -257,17 +252,18 @@ def drop_bands(
 def mark_bad(
     flux:torch.Tensor, # any shape and dtype
     bad:torch.Tensor,  # the same shape, True = do not use; or None
+    value=torch.nan,   # to put there
 )->torch.Tensor:       # float32, NaN where bad
     "Write the mask into the flux; on a CPU a flux without bad pixels is returned as it is."
     x = flux.float()
     if bad is None:
         return x
-    if x.device.type != 'cpu':
-        return x.masked_fill(bad, torch.nan)
+    if x.device.type != 'cpu' or x.requires_grad:
+        return x.masked_fill(bad, value)
     bad = bad.numpy()
     if bad.any():
         x = x.clone()
-        x.numpy()[bad] = np.nan
+        x.numpy()[bad] = value
     return x
 
 # %% ../nbs/12_augment.ipynb #0296ea66
@@ -280,7 +276,7 @@ def _move(flux, bad, p, cfg, size):
     if bad is not None and (bad.device.type != 'cpu' or bad.numpy().any()):
         x = mark_bad(x, crop_d4(bad, p['turn'], size, p['shift']))
     x = x.float()
-    return x if _all_finite(x) else x + x*0
+    return x if all_finite(x) else x + x*0
 
 # %% ../nbs/12_augment.ipynb #efc2e17b
 def check_augment(
@@ -337,4 +333,4 @@ def augment(
         x = add_noise(x, p['noise'], sky_sigma, draws)
     if cfg.drop_bands:
         x = drop_bands(x, p['band'], cfg.drop_bands)
-    return x, x.isnan()
+    return x, ~finite(x)

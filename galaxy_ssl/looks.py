@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 
 from .core import CutoutError
-from .stretch import FMAX, Stretch, check_bands, new_pixels, sky_stats, slabs
+from .stretch import FMAX, Stretch, check_bands, finite, new_pixels, sky_stats, slabs
 
 # %% ../nbs/12_looks.ipynb #8d52b75e
 class ImageStretch(Stretch):
@@ -40,13 +40,13 @@ class ImageStretch(Stretch):
         return [[s[r.isfinite().any(1)].median().item() if r.isfinite().any() else d for s, d in zip(_sane(*self._measure(r)), (0., 1., .5))] for r in rows]
 
     def _statistics(self, x):
-        "What `_apply` needs for (n,C,H,W), each (n or 1,C,1,1)."
+        "What `_map` needs for (n,C,H,W), each (n or 1,C,1,1)."
         if self.per_image:
             found = _sane(*self._measure(x.detach().flatten(2).flatten(0, 1)))
             return [s.float().view(*x.shape[:2], 1, 1) for s in found]
         return [getattr(self, s)[:,None,None] for s in self.stats]
 
-    def _apply(self, x, level, width):
+    def _map(self, x, level, width):
         return (x - level)/width
 
     def _undo(self, u, level, width):
@@ -60,13 +60,9 @@ def _sane(level, width, *rest):
     level = torch.where(known, level, 0).clamp(-FMAX/4, FMAX/4)
     return [level, torch.where(flat | ~known, 1, width).clamp(max=FMAX/2), *(torch.where(flat | ~known, .5, r) for r in rest)]
 
-def _good(rows):
-    "Where a row has data."
-    return torch.from_numpy(np.isfinite(rows.numpy())) if rows.device.type == 'cpu' else rows.isfinite()
-
 def _quantiles(rows, *q):
     "Percentiles q (0..100) of each row (n,pixels), linear between neighbours, bad pixels left out; NaN for empty rows."
-    rows = torch.where(_good(rows), rows, torch.nan)
+    rows = torch.where(finite(rows), rows, torch.nan)
     rows = torch.from_numpy(np.sort(rows.numpy(), -1)) if rows.device.type == 'cpu' else rows.sort(-1).values
     last = ((~rows.isnan()).sum(-1) - 1).clamp(min=0).double()
     out = []
@@ -98,7 +94,7 @@ def forward(
     def work(x):
         level, width, *rest = self._statistics(x)
         limit = FMAX/4*width.clamp(max=1)
-        return self._apply(torch.clamp(x, -limit, limit), level, width, *rest)
+        return self._map(torch.clamp(x, -limit, limit), level, width, *rest)
     return _by_slabs(flux.float().reshape(-1, *flux.shape[-3:]), work).view(flux.shape)
 
 @patch
@@ -125,7 +121,7 @@ class ZScoreStretch(ImageStretch):
         super().__init__()
 
     def _measure(self, rows):
-        good = _good(rows)
+        good = finite(rows)
         n = good.sum(-1).clamp(min=1)
         v = torch.where(good, rows, 0).double()
         mean = v.sum(-1)/n
@@ -139,7 +135,7 @@ class MinMaxStretch(ImageStretch):
         super().__init__()
 
     def _measure(self, rows):
-        good = _good(rows)
+        good = finite(rows)
         low = torch.where(good, rows, torch.inf).amin(-1).double()
         return low, torch.where(good, rows, -torch.inf).amax(-1).double() - low
 
@@ -161,7 +157,7 @@ class PercentileStretch(ImageStretch):
         low, high = _quantiles(rows, self.low, self.high)
         return low, high - low
 
-    def _apply(self, x, level, width):
+    def _map(self, x, level, width):
         return ((x - level)/width).clamp(0, 1)
 
 # %% ../nbs/12_looks.ipynb #07bf1c72
@@ -199,7 +195,7 @@ class MTFStretch(ImageStretch):
         sky = (median - black)/(white - black)
         return black, white - black, torch.where((sky > 0) & (sky < 1), mtf(sky, self.background).clamp(1e-7, 1 - 1e-7), .5)
 
-    def _apply(self, x, level, width, midtone):
+    def _map(self, x, level, width, midtone):
         return mtf(((x - level)/width).clamp(0, 1), midtone)
 
     def _undo(self, u, level, width, midtone):
@@ -233,14 +229,35 @@ class DR2Stretch(Stretch):
             return [[DR2_SCALES[b]] for b in bands]
         return [[.012/sky_stats(flux[:,c])[1]] for c in range(flux.shape[1])]
 
-    def _limit(self):
-        "Largest |flux| whose intensity stays finite, (C,1,1)."
-        return (FMAX/4/self.Q/self.scale.clamp(min=1))[:,None,None]
+    def forward(self, flux):
+        "Image 0..1 (...,C,H,W) float32 of flux, NaN where flux is NaN."
+        check_bands(self, flux)
+        x = flux.float().reshape(-1, *flux.shape[-3:])
+        if x.device.type != 'cpu' or (torch.is_grad_enabled() and x.requires_grad):
+            return _joint(self, x).view(flux.shape)
+        x, out = x.detach().contiguous(), new_pixels(*x.shape)
+        for s in slabs(x, self.slab_bytes):
+            _joint_np(self, x[s].numpy(), out[s].numpy())
+        return out.view(flux.shape)
+
+    def inverse(self, image, like=None):
+        "Flux (...,C,H,W) of an image, up to what was clipped; nothing is measured per image, so `like` is not used."
+        check_bands(self, image)
+        u = image.float()
+        known = finite(u)
+        bright = torch.where(known, u, 0).clamp(min=0).sum(-3, keepdim=True)/known.sum(-3, keepdim=True).clamp(min=1)
+        total = torch.sinh((math.sqrt(self.Q)*bright).clamp(max=80))/self.Q
+        gain = torch.where(total > 1e-6, bright/total.clamp(min=1e-6), math.sqrt(self.Q))
+        return (u/gain - self.m)/self.scale[:,None,None]
 
 # %% ../nbs/12_looks.ipynb #d907f113
+def _limit(self):
+    "Largest |flux| whose intensity stays finite, (C,1,1)."
+    return (FMAX/4/self.Q/self.scale.clamp(min=1))[:,None,None]
+
 def _joint(self, x):
     "dr2_rgb of (n,C,H,W) by torch."
-    limit = self._limit()
+    limit = _limit(self)
     v = torch.clamp(x, -limit, limit)*self.scale[:,None,None] + self.m
     known = ~v.isnan()
     total = torch.where(known, v, 0).clamp(min=0).sum(1, keepdim=True)/known.sum(1, keepdim=True).clamp(min=1)
@@ -249,7 +266,7 @@ def _joint(self, x):
 
 def _joint_np(self, x, v):
     "dr2_rgb of x (n,C,H,W) by numpy, into v."
-    limit, scale = self._limit().numpy(), self.scale[:,None,None].numpy()
+    limit, scale = _limit(self).numpy(), self.scale[:,None,None].numpy()
     np.clip(x, -limit, limit, out=v)
     v *= scale
     v += np.float32(self.m)
@@ -265,35 +282,3 @@ def _joint_np(self, x, v):
     part *= np.float32(1/math.sqrt(self.Q))
     v *= part[:,None]
     np.clip(v, 0, 1, out=v)
-
-# %% ../nbs/12_looks.ipynb #aaf29d74
-@patch
-def forward(
-    self:DR2Stretch,
-    flux:torch.Tensor, # (...,C,H,W) flux, NaN = no data
-)->torch.Tensor:       # (...,C,H,W) float32 image 0..1, NaN where flux is NaN
-    "Stretch flux into network input."
-    check_bands(self, flux)
-    x = flux.float().reshape(-1, *flux.shape[-3:])
-    if x.device.type != 'cpu' or (torch.is_grad_enabled() and x.requires_grad):
-        return _joint(self, x).view(flux.shape)
-    x = x.detach().contiguous()
-    out = new_pixels(*x.shape)
-    for s in slabs(x, self.slab_bytes):
-        _joint_np(self, x[s].numpy(), out[s].numpy())
-    return out.view(flux.shape)
-
-@patch
-def inverse(
-    self:DR2Stretch,
-    image:torch.Tensor, # (...,C,H,W) stretched image
-    like=None,          # not used: nothing is measured per image
-)->torch.Tensor:        # (...,C,H,W) float32 flux
-    "Undo the stretch, up to what was clipped."
-    check_bands(self, image)
-    u = image.float()
-    known = ~u.isnan()
-    bright = torch.where(known, u, 0).clamp(min=0).sum(-3, keepdim=True)/known.sum(-3, keepdim=True).clamp(min=1)
-    total = torch.sinh((math.sqrt(self.Q)*bright).clamp(max=80))/self.Q
-    gain = torch.where(total > 1e-6, bright/total.clamp(min=1e-6), math.sqrt(self.Q))
-    return (u/gain - self.m)/self.scale[:,None,None]
