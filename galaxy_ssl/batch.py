@@ -62,7 +62,8 @@ class Buffers:
             free = [b for b in self._blocks if b[1]() is None]
             if not free:
                 return
-            self._blocks.remove(min(free, key=lambda b: b[0].nbytes))
+            least = min(free, key=lambda b: b[0].nbytes)
+            self._blocks = [b for b in self._blocks if b is not least]
         self._blocks.append(block)
 
 # %% ../nbs/13_batch.ipynb #4c5cf593
@@ -85,7 +86,8 @@ def load_batch(
         bad |= given
     batch = {'flux': flux, 'bad': bad, 'id': cs.meta.index.to_numpy()[rows].tolist()}
     for name in ('ra', 'dec', *columns):
-        values = cs.meta[name].iloc[rows].to_numpy()
+        column = cs.meta[name]
+        values = column.to_numpy()[rows] if isinstance(column.dtype, np.dtype) else column.iloc[rows].to_numpy()
         batch[name] = torch.from_numpy(values.copy()) if values.dtype.kind in 'fiub' else values.tolist()
     return batch
 
