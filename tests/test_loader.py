@@ -77,19 +77,20 @@ def test_rows_from_a_file_are_the_rows_of_the_array(tmp_path_factory, rows, band
 READ = """
 import sys
 from contextlib import contextmanager
+import numpy as np
 import galaxy_ssl.rows as rows
-from galaxy_ssl.batch import Loader
 from galaxy_ssl.cutouts import open_cutouts
 if sys.argv[2] == 'no lease':
     @contextmanager
     def leased(fd):
         yield False
     rows.leased = leased
-loader = Loader(open_cutouts(sys.argv[1]), 100)
-for epoch in range(10**6):
-    for batch in loader.epoch(epoch):
-        pass
-    print(epoch, flush=True)
+px = open_cutouts(sys.argv[1]).flux
+wanted = np.random.default_rng(0).integers(0, len(px), 3000)
+out = rows.page_aligned((3000, *px.shape[1:]), np.float32)
+while True:
+    px.into(wanted, out)
+    print('.', flush=True)
 """
 
 
@@ -101,6 +102,7 @@ def test_a_file_truncated_while_it_is_read_is_an_error_that_names_it(path, tmp_p
     child = subprocess.Popen([sys.executable, '-c', textwrap.dedent(READ), str(victim), lease], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(5):
         assert child.stdout.readline(), 'it reads'
+    time.sleep(0.023)  # now it is in the middle of a gather
     os.truncate(victim, size)
     said = child.communicate(timeout=60)[1]
     assert child.returncode == 1, (child.returncode, said[-500:])
