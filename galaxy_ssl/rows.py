@@ -66,7 +66,7 @@ class Pixels:
         one = isinstance(key, (int, np.integer))
         rows = self.rows[[key]] if one else self.rows[key]
         out = page_aligned((len(rows), *self.shape[1:]), self.dtype)
-        self._fill(rows, out, np.arange(len(rows)))
+        self._fill(rows, out, None)
         return out[0] if one else out
 
     def into(self,
@@ -75,14 +75,14 @@ class Pixels:
         at=None,  # (n,) places in `out`; None = the first n
     ):
         "Read rows into an array of your own."
-        self._fill(self.rows[rows], out, np.arange(len(rows)) if at is None else at)
+        self._fill(self.rows[rows], out, at)
 
     def _fill(self, rows, out, at):
         if hasattr(self.read, 'into'):
             self.read.into(rows, out, self.bands, at)
         else:
             found = self.read(rows)
-            out[at] = found if self.bands is None else found[:, self.bands]
+            out[slice(len(rows)) if at is None else at] = found if self.bands is None else found[:, self.bands]
 
     def __array__(self, dtype=None, copy=None):
         return np.asarray(self[:], dtype=dtype)
@@ -137,7 +137,8 @@ class _Joined:
         which = np.searchsorted(self.starts, rows, side='right') - 1
         for k in np.unique(which).tolist():
             mine = which == k
-            self.parts[k].view(bands=bands).into(rows[mine] - self.starts[k], out, at[mine])
+            places = np.flatnonzero(mine) if at is None else at[mine]
+            self.parts[k].view(bands=bands).into(rows[mine] - self.starts[k], out, places)
             self._note(k)
 
     def _note(self, k):
@@ -209,7 +210,7 @@ class _Opened:
         "Whether the bytes at these places (a sample of them) are in the page cache."
         byte = bytearray(1)
         try:
-            return all(os.preadv(self.fd, [byte], a, os.RWF_NOWAIT) for a in at[::max(1, len(at)//32)])
+            return all(os.preadv(self.fd, [byte], int(a), os.RWF_NOWAIT) for a in at[::max(1, len(at)//16)])
         except (OSError, AttributeError):
             return False
 
@@ -236,7 +237,7 @@ class _Opened:
 
     def gather(self, rows, out):
         "Rows as long as `out`'s (both as bytes) from the memory map; False if that would not be safe, or slow."
-        if not self.cached((self.offset + rows*out.shape[1]).tolist()):
+        if not self.cached(self.offset + rows*out.shape[1]):
             return False
         with self.lock, leased(self.fd) as safe:
             if safe:
@@ -284,14 +285,14 @@ class MappedRows:
 
     def __call__(self, rows):
         out = page_aligned((len(rows), *self.shape[1:]), self.dtype)
-        self.into(np.asarray(rows), out, None, np.arange(len(rows)))
+        self.into(np.asarray(rows), out)
         return out
 
     def into(self,
-        rows,   # (n,) integers
-        out,    # C-contiguous, with the shape of the rows after the first axis
-        bands,  # positions on the second axis wanted, or None for all
-        at,     # (n,) where they go in `out`
+        rows,        # (n,) integers
+        out,         # C-contiguous, with the shape of the rows after the first axis
+        bands=None,  # positions on the second axis wanted, or None for all
+        at=None,     # (n,) where they go in `out`; None = the first n
     ):
         "Read rows, or some bands of them, into their places."
         if len(rows) == 0:
@@ -302,7 +303,7 @@ class MappedRows:
         if bands is not None:
             width //= self.shape[1]
             rows = (rows[:, None]*self.shape[1] + bands).ravel()
-            at = (at[:, None]*len(bands) + np.arange(len(bands))).ravel()
+            at = None if at is None else (at[:, None]*len(bands) + np.arange(len(bands))).ravel()
         file = self._opened or _Opened(self.path, self.offset, self.size, self._digest)
         file.check()
         self._opened, self._digest = file, file.digest
@@ -311,17 +312,17 @@ class MappedRows:
             return self._copy(file, rows, to, at)
         for part in slabs(len(rows), width*self.dtype.itemsize, 2**20):
             some = page_aligned((len(rows[part]), width), self.dtype)
-            self._copy(file, rows[part], some, np.arange(len(some)))
-            to[at[part]] = some
+            self._copy(file, rows[part], some, None)
+            to[part if at is None else at[part]] = some
 
     def _copy(self, file, rows, to, at):
         "Copy rows of the file's own type: from the map if they are scattered, else by ordinary reads."
-        near = np.diff(at) == 1
-        first = np.r_[0, np.flatnonzero(~near | (np.diff(rows) != 1)) + 1]
         row, n = to.itemsize*to.shape[1], len(rows)
-        scattered = n*row >= 2**20 and n*row < 2**22*len(first)
-        if scattered and near.all() and file.gather(rows, to[at[0]:at[0] + n].view(np.uint8)):
+        apart = np.diff(rows) != 1
+        if at is None and n*row >= 2**20 and row < 2**22 and np.count_nonzero(apart) > n/2 and file.gather(rows, to[:n].view(np.uint8)):
             return
+        at = np.arange(n) if at is None else at
+        first = np.r_[0, np.flatnonzero(apart | (np.diff(at) != 1)) + 1]
         length = np.diff(np.r_[first, n])
         file.read((self.offset + rows[first]*row).tolist(), [to[a:a + k] for a, k in zip(at[first].tolist(), length.tolist())])
 

@@ -1,6 +1,5 @@
 """A set much larger than memory: opened in seconds, trained on in bounded memory. The file is sparse: its pixels take no room until written."""
 import json
-import re
 import subprocess
 import sys
 import textwrap
