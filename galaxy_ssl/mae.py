@@ -177,7 +177,7 @@ def embed(self,
     "One vector per object."
     x, before = self.tokens(image, bad)
     weights = class_attention(self.blocks[-1], before) if pool == 'attention' else None
-    return pool_tokens(x, pool, weights, self.grid).float()
+    return pool_tokens(x.float(), pool, weights, self.grid)
 
 # %% ../nbs/22_mae.ipynb #045c5fcf
 @patch_to(MAE)
