@@ -148,7 +148,7 @@ class Aligned(Windows):
         def window(*box):
             return self.image.window(self.plane, *box)
         for rows in strip_rows(self.shape[1:], self.map):
-            out.write(resample_rows(window, self.image.shape[1:], self.map, rows, self.shape[2]).astype('>f4').tobytes())
-        out.flush()
+            out.file.write(resample_rows(window, self.image.shape[1:], self.map, rows, self.shape[2]).astype('>f4').tobytes())
+        out.file.flush()
         self.image.release()
         return out, 0, raw32(self.shape)

@@ -108,7 +108,7 @@ def tile_files(
 
 def _band_of(path, stem, bands):
     "The band that a file name names, and the name without it."
-    known = sorted({*BAND_WAVELENGTH, *(bands or ())}, key=len, reverse=True)
+    known = sorted({*BAND_WAVELENGTH, *(bands or ())}, key=lambda b: (-len(b), b))
     found = [m for b in known for m in re.finditer(rf"(?<![\w'*]){re.escape(b)}(?![\w'*])", stem.replace('_', '-'))]
     found = [m for m in found if not any(o is not m and o.start() <= m.start() and m.end() <= o.end() and len(o[0]) > len(m[0]) for o in found)]
     if len(found) > 1:
@@ -148,6 +148,11 @@ class TileFiles:
                 out[k] = source[0].window(source[1], y0, y1, x0, x1)
                 out[k] *= source[2]
         return out
+
+    @property
+    def packed(self):
+        "Whether reading must first unpack or resample whole bands."
+        return any(s is not None and not s[0].plain for s in self.planes)
 
     def release(self):
         "Close its files; the next reader opens them again."
