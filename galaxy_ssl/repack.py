@@ -7,7 +7,7 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/repack.html.md"""
 # %% auto #0
 __all__ = ['repack']
 
-# %% ../nbs/04_repack.ipynb #54e29659
+# %% ../nbs/04_repack.ipynb #214f7a02
 import hashlib
 import json
 import os
@@ -23,7 +23,7 @@ from .cutouts import CutoutSet, open_cutouts
 from .native import open_native, write_native
 from .rows import slabs
 
-# %% ../nbs/04_repack.ipynb #a3b2272e
+# %% ../nbs/04_repack.ipynb #ce8b819e
 def _fingerprint(cs, dtype, shard):
     "What identifies the files to be written."
     h = hashlib.sha256(json.dumps([list(cs.shape), cs.bands, cs.survey, repr(cs.pixscale), cs.unit, str(np.dtype(dtype)), shard, list(map(str, cs.meta.columns))]).encode())
@@ -40,7 +40,7 @@ def _fingerprint(cs, dtype, shard):
             h.update(name.encode() + np.ascontiguousarray(getattr(cs, name)[rows]).tobytes())
     return h.hexdigest()
 
-# %% ../nbs/04_repack.ipynb #fd519211
+# %% ../nbs/04_repack.ipynb #01ebc73d
 def repack(
     src,              # a CutoutSet, or anything `open_cutouts` opens
     dst,              # folder to make
@@ -73,7 +73,7 @@ def repack(
         os.replace(work, dst)
     return open_cutouts(dst)
 
-# %% ../nbs/04_repack.ipynb #5adc5e7a
+# %% ../nbs/04_repack.ipynb #e52e2d38
 def _source(src, bands, opening):
     "The set to write."
     if not isinstance(src, CutoutSet):
