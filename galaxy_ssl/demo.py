@@ -22,12 +22,12 @@ from .callbacks import Figures, OnlineProbe, ProgressBar, plot_log, plot_reconst
 from .core import CutoutError, atomic_write, keyed_rng
 from .cutouts import CutoutSet, open_cutouts
 from .embed import embed_cutouts
+from .hubble import hubble_deep_field
 from .latent import plot_map, umap_map
 from .outliers import outlier_scores
 from .probe import compare, pixel_pca
 from .search import SimilarityIndex
 from .show import rgb, show
-from .tiles import hubble_deep_field
 from .train import TrainConfig, train
 
 # %% ../nbs/84_demo.ipynb #d25f5d44
