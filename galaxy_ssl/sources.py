@@ -14,7 +14,7 @@ from scipy.spatial import cKDTree
 
 from .core import CutoutError
 from .surveys import match_bands
-from .tiles import Tile, _place
+from .tiles import _place
 
 # %% ../nbs/06_sources.ipynb #7076b9dc
 def detect_sources(
