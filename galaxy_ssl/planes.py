@@ -18,7 +18,7 @@ from .roles import NOISE, mask_to_bad, noise_to_ivar
 @dataclass(slots=True)
 class Part:
     "Planes of one stored image, and where they belong."
-    image:object      # has `shape` (planes, y, x), `path` and `read(out=None, dtype=float32)`
+    image:object      # has `shape` (planes, y, x), `path` and `read(out=None, dtype=float32, scratch=None)`
     planes:tuple      # of the image
     slots:tuple       # the bands they fill, one each
     role:str          # 'flux', 'bad', or one of NOISE
@@ -64,36 +64,37 @@ class FluxRows:
 
     def __call__(self, rows):
         out = np.empty((len(rows), *self.shape), self.dtype)
+        scratch = np.empty(8*int(np.prod(self.shape)), np.uint8)
         for k in np.argsort(rows, kind='stable'):
-            self.fill(out[k], self.objects[rows[k]])
+            self.fill(out[k], self.objects[rows[k]], scratch)
         return out
 
-    def fill(self, out, parts):
+    def fill(self, out, parts, scratch):
         "The pixels of one object."
         every = tuple(range(self.shape[0]))
         if len(parts) == 1 and parts[0].planes == parts[0].slots == every and parts[0].image.shape == self.shape:
-            return parts[0].image.read(out)
+            return parts[0].image.read(out, scratch=scratch)
         out[...] = np.nan
         for part in parts:
-            out[list(part.slots)] = fit_size(part.image.read()[list(part.planes)], self.shape[1:], np.nan)
+            out[list(part.slots)] = fit_size(part.image.read(scratch=scratch)[list(part.planes)], self.shape[1:], np.nan)
 
 class IvarRows(FluxRows):
     "Inverse variance: 0 where there is no information, NaN for a band without noise image."
-    def fill(self, out, parts):
+    def fill(self, out, parts, scratch):
         "The inverse variance of one object."
         out[...] = np.nan
         for part in parts:
-            ivar = noise_to_ivar(part.image.read()[list(part.planes)], part.role, part.image.path)
+            ivar = noise_to_ivar(part.image.read(scratch=scratch)[list(part.planes)], part.role, part.image.path)
             out[list(part.slots)] = fit_size(ivar, self.shape[1:], 0)
 
 class BadRows(FluxRows):
     "Bad pixels: those of the masks, and those of which the noise images know nothing."
     dtype = bool
 
-    def fill(self, out, parts):
+    def fill(self, out, parts, scratch):
         "The mask of one object."
         out[...] = False
         for part in parts:
-            x = part.image.read(dtype=np.float64)[list(part.planes)]
+            x = part.image.read(dtype=np.float64, scratch=scratch)[list(part.planes)]
             bad = noise_to_ivar(x.astype(np.float32), part.role, part.image.path) == 0 if part.role in NOISE else mask_to_bad(x, part.bits)
             out[list(part.slots)] |= fit_size(bad, self.shape[1:], True)
