@@ -149,10 +149,11 @@ class StoredImage:
     def read(self,
         out=None,  # (planes, y, x) to fill
         dtype=np.float32,  # of what is returned, if there is no `out`
+        scratch=None,      # uint8 array to read into, used again from file to file: fresh memory costs as much as the reading
     )->np.ndarray: # (planes, y, x)
         "The pixels, verified."
         out = np.empty(self.shape, dtype) if out is None else out
-        if self.stamp is None or self.form.packed or (data := self._bytes()) is None:
+        if self.stamp is None or self.form.packed or self.form.size > 2**30 or (data := self._bytes(scratch)) is None:
             x = read_pixels(self.path, self.form.index, dtype=out.dtype)
             if x.shape != self.form.shape:
                 raise CutoutError(self.path, f'its shape changed from {self.form.shape} to {x.shape} since it was opened', 'Open the folder again')
@@ -162,7 +163,7 @@ class StoredImage:
             _check(self.promised, data, self.form, out, self.path)
         return out
 
-    def _bytes(self):
+    def _bytes(self, scratch):
         "The stored bytes; None if the file is not the one that was opened."
         with reading(self.path):
             fd = os.open(self.path, os.O_RDONLY | getattr(os, 'O_CLOEXEC', 0))
@@ -170,7 +171,8 @@ class StoredImage:
                 status = os.fstat(fd)
                 if (status.st_size, status.st_mtime_ns, status.st_ino) != self.stamp:
                     return None
-                data = os.pread(fd, self.form.size, self.form.offset)
+                data = np.empty(self.form.size, np.uint8) if scratch is None or len(scratch) < self.form.size else scratch[:self.form.size]
+                data = data[:os.preadv(fd, [data], self.form.offset)]
             finally:
                 os.close(fd)
         if len(data) < self.form.size:
