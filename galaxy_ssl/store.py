@@ -37,6 +37,7 @@ def reserve(
     plist.set_layout(h5py.h5d.CONTIGUOUS)
     plist.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     plist.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    plist.set_obj_track_times(False)  # the same pixels give the same bytes
     space = h5py.h5s.create_simple(tuple(shape))
     made = {k: h5py.h5d.create(h5.id, k.encode(), h5py.h5t.py_create(np.dtype(d)), space, plist) for k, d in blocks.items()}
     return {k: d.get_offset() for k, d in made.items()}
