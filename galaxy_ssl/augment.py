@@ -191,10 +191,10 @@ def warp(
     x, y = _source(angle.float(), zoom.float(), shift.float(), mirror, size, H, W)
     value = F.grid_sample(flux.float(), torch.stack([x, y], -1), mode='bilinear', padding_mode='zeros', align_corners=False)
     if not all_finite(value):
-        value = value + value*0
+        value += value*0
     corners = [_margin(g[:,[0,0,-1,-1],[0,-1,0,-1]], n) for g, n in ((x, W), (y, H))]
     if x.device.type != 'cpu' or torch.cat(corners).min() < 0:
-        value = value + ((_margin(x, W).sqrt() + _margin(y, H).sqrt())*0)[:,None]
+        value += (_margin(x, W).sqrt_().add_(_margin(y, H).sqrt_())*0)[:,None]
     return value
 
 # %% ../nbs/12_augment.ipynb #ecc2e4df
