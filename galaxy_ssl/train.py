@@ -74,9 +74,8 @@ class Trainer:
             torch.manual_seed(cfg.seed)
             method = make_method(cfg.method, n_bands=len(pre.bands), size=cfg.size, **cfg.settings)
         cs = self.train_set
-        config = {'method': cfg.method, 'settings': method.settings, 'preprocess': pre.config(), 'bands': list(pre.bands), 'survey': cs.survey,
-                  'pixscale': None if math.isnan(cs.pixscale) else cs.pixscale, 'unit': cs.unit, 'n_train': len(cs), 'train': _saved(cfg),
-                  'compute': describe(device, cfg.precision)}
+        config = {'method': cfg.method, 'settings': method.settings, 'preprocess': pre.config(), 'bands': list(pre.bands), 'survey': cs.survey, 'unit': cs.unit,
+                  'pixscale': None if math.isnan(cs.pixscale) else cs.pixscale, 'n_train': len(cs), 'train': _saved(cfg), 'compute': describe(device, cfg.precision)}
         self.run = Run(self.folder, config, method.to(device), pre.to(device))
         self.optimizer = make_optimizer(method, cfg.lr, cfg.weight_decay, cfg.betas)
         model = torch.compile(method) if cfg.compile else method
@@ -336,9 +335,7 @@ def train(
             trainer = Trainer(cfg, cs, world, stop, callbacks)
             trainer.build()
             if world.first and trainer.step < trainer.total_steps:
-                print(f'Training on {trainer.run.config["compute"]}.')
-            if world.first and 0 < trainer.step < trainer.total_steps:
-                print(f'Resuming at step {trainer.step} of {trainer.total_steps}.')
+                print(f'{"Resuming" if trainer.step else "Starting"} at step {trainer.step} of {trainer.total_steps}, on {trainer.run.config["compute"]}.')
             done = trainer.step == trainer.total_steps or trainer.fit()
             if world.first and not done:
                 print(f'Stopped and saved at step {trainer.step} of {trainer.total_steps}. Run the same command again to go on.')
