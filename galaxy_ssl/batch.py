@@ -20,12 +20,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from .augment import AugmentConfig, augment, centre_crop, resize_flux
+from .augment import AugmentConfig, augment, centre_crop, check_augment, mark_bad, resize_flux
+from .conditions import Conditions
 from .core import CutoutError, keyed_rng
 from .cutouts import CutoutSet
 from .draws import draws_of
 from .rows import page_aligned, slabs
-from .stretch import Stretch, make_stretch
+from .stretch import Stretch, all_finite, finite, make_stretch, sky_stats
+from .surveys import SURVEYS
 
 # %% ../nbs/13_batch.ipynb #1ec55d3a
 class Buffers:
@@ -254,23 +256,25 @@ class Preprocess(nn.Module):
         field:int,          # width of the sky it shows, in cutout pixels
         stretch,            # a fitted `Stretch`
         augment=None,       # AugmentConfig used in training
+        here=None,          # Conditions of the training split, for augmentations that need them
     ):
         super().__init__()
         self.bands, self.size, self.field = tuple(bands), size, field
         self.stretch = stretch
         self.augment = augment or AugmentConfig()
+        self.here = here or Conditions(list(bands))
 
     def resample(self, flux, bad):
         "Bring the cutout to the pixel scale of the network; bad pixels become NaN."
-        flux = torch.where(bad, torch.nan, flux)
+        flux = mark_bad(flux, bad)
         if self.field != self.size:
             side = min(flux.shape[-2:])
             flux = resize_flux(centre_crop(flux, side), max(self.size, round(side*self.size/self.field)))
-        return flux, ~torch.isfinite(flux)
+        return flux, torch.zeros_like(flux, dtype=torch.bool) if all_finite(flux) else ~finite(flux)
 
     def image(self, flux, bad):
         "Stretch, with 0 at bad pixels."
-        return torch.where(bad, 0., self.stretch(flux)), bad
+        return mark_bad(self.stretch(flux), bad, 0.), bad
 
     def forward(self,
         batch:dict,        # with 'flux' and 'bad'; for training also 'draws'
@@ -286,8 +290,7 @@ class Preprocess(nn.Module):
                 image, bad = self.image(centre_crop(flux, self.size), centre_crop(bad, self.size))
                 return {**batch, 'image': image, 'bad': bad}
             draws = draws_of(batch, flux.device)
-            sigma = self.stretch.sigma if self.stretch.name == 'asinh' else None  # only there it is the noise of the sky
-            made = [self.image(*augment(flux, bad, self.augment, draws, self.size, sky_sigma=sigma)) for _ in range(views)]
+            made = [self.image(*augment(flux, bad, self.augment, draws, self.size, here=self.here)) for _ in range(views)]
         out = {**batch, 'image': made[0][0], 'bad': made[0][1]}
         if views > 1:
             out.update(views=[m[0] for m in made], view_bad=[m[1] for m in made])
@@ -295,19 +298,23 @@ class Preprocess(nn.Module):
 
     def config(self):
         "JSON-able description, statistics included."
-        return {'bands': list(self.bands), 'size': self.size, 'field': self.field, 'stretch': self.stretch.config(), 'augment': asdict(self.augment)}
+        return {'bands': list(self.bands), 'size': self.size, 'field': self.field, 'stretch': self.stretch.config(),
+                'augment': asdict(self.augment), 'conditions': asdict(self.here)}
 
     @classmethod
     def from_config(cls, config):
         "The same module again, bit for bit."
-        return cls(config['bands'], config['size'], config['field'], Stretch.from_config(config['stretch']), AugmentConfig(**config['augment']))
+        stretch = config['stretch']
+        older = {'bands': config['bands'], 'sky_sigma': stretch['stats']['sigma'] if stretch['name'] == 'asinh' else None}  # runs before there were conditions
+        return cls(config['bands'], config['size'], config['field'], Stretch.from_config(stretch), AugmentConfig(**config['augment']),
+                   Conditions(**config.get('conditions', older)))
 
 # %% ../nbs/13_batch.ipynb #5d7c0d9e
 def fit_preprocess(
     cs:CutoutSet,       # the training split
     size:int=64,        # network input, pixels
     field:int=None,     # width of sky in cutout pixels; None = `size`, or the whole cutout for display composites
-    stretch:str=None,   # key of STRETCHES; None = 'asinh', or 'linear' for display composites
+    stretch:str=None,   # key of STRETCHES, with settings if wanted ('asinh:softening=10'); None = 'asinh', or 'linear' for display composites
     augment=None,       # AugmentConfig for training
     n_sample:int=512,   # objects read for the statistics
     seed:int=0,         # which objects
@@ -323,7 +330,23 @@ def fit_preprocess(
     batch = load_batch(cs, rows)
     if not (~batch['bad']).any():
         raise CutoutError('flux', f'no valid pixel in the {len(rows)} objects sampled for the statistics', 'Check the files: is everything NaN?')
-    pre = Preprocess(cs.bands, size, field, None, augment)
-    flux, _ = pre.resample(batch['flux'], batch['bad'])
-    pre.stretch = make_stretch(stretch or ('linear' if display else 'asinh')).fit(centre_crop(flux, size).numpy())
+    made = make_stretch(stretch or ('linear' if display else 'asinh'))
+    if display and made.name == 'dr2_rgb':
+        raise CutoutError('stretch', 'dr2_rgb makes a display composite out of flux, and these cutouts are one already', 'Use linear')
+    pre = Preprocess(cs.bands, size, field, made, augment)
+    flux = centre_crop(pre.resample(batch['flux'], batch['bad'])[0], size).numpy()
+    legacy = cs.unit == 'nanomaggy' and abs(cs.pixscale/.262 - 1) < .02
+    made.fit(flux, bands=cs.bands if legacy else None)
+    pre.here = _conditions(cs, rows, flux, field/size)
+    check_augment(pre.augment, pre.here)
     return pre
+
+def _conditions(cs, rows, flux, binning):
+    "What is known about a training split: noise measured on `flux` (n,C,H,W), seeing from the files or typical of the survey."
+    survey = SURVEYS.get(cs.survey.removeprefix('synthetic-'))
+    fwhm = [survey.psf_fwhm.get(b, np.nan) for b in cs.bands] if survey else [np.nan]
+    if cs.psf_fwhm is not None:
+        fwhm = np.nanmedian(np.asarray(cs.psf_fwhm)[rows], axis=0).tolist()
+    return Conditions(bands=list(cs.bands), survey=cs.survey, unit=cs.unit, pixscale=float(cs.pixscale) if np.isfinite(cs.pixscale) else None, binning=binning,
+                      sky_sigma=None if cs.unit == 'display' else [float(np.float32(sky_stats(flux[:,c])[1])) for c in range(flux.shape[1])],
+                      psf_fwhm=[float(f) for f in fwhm] if np.isfinite(fwhm).all() else None)

@@ -29,7 +29,7 @@ _all_ = ['MAX_PIXELS', 'open_bytes', 'celestial_wcs', 'pixel_scale']  # from the
 _DTYPES = {8: '|u1', 16: '>i2', 32: '>i4', 64: '>i8', -32: '>f4', -64: '>f8'}
 
 @dataclass(frozen=True, slots=True)
-class _Form:
+class Form:
     "How an image is stored in a file; equal for all files that one program wrote."
     index:int
     offset:int           # byte where the data start
@@ -39,8 +39,11 @@ class _Form:
     packed:bool          # tile-compressed
     scaling:tuple|None   # BSCALE, BZERO, BLANK; None if they change nothing
 
-def _form(hdu, path):
-    "The `_Form` of an image HDU."
+def image_form(
+    hdu:Hdu,  # an image
+    path,     # file, for the error
+)->Form:
+    "The `Form` of an image HDU."
     shape = hdu.shape
     while len(shape) > 3 and shape[0] == 1:
         shape = shape[1:]
@@ -53,9 +56,13 @@ def _form(hdu, path):
             raise CutoutError(path, f'BSCALE={scale!r} and BZERO={zero!r} give no pixel values', 'Repair the header', key=hdu.index)
         blank = blank if hdu.bitpix > 0 else None
         scaling = None if (scale, zero, blank) == (1, 0, None) else (scale, zero, blank)
-    return _Form(hdu.index, hdu.offset, hdu.size, hdu.bitpix, shape, hdu.packed, scaling)
+    return Form(hdu.index, hdu.offset, hdu.size, hdu.bitpix, shape, hdu.packed, scaling)
 
-def _decode(data, form, out):
+def decode_image(
+    data,             # bytes as stored
+    form:Form,        # how
+    out:np.ndarray,   # of the form's shape
+)->np.ndarray:        # `out`
     "Fill `out` with the physical values of an image that is not compressed."
     stored = np.frombuffer(data, _DTYPES[form.bitpix], product(form.shape)).reshape(form.shape)
     with np.errstate(over='ignore', invalid='ignore'):
@@ -94,7 +101,7 @@ def _load(path, hdu, max_pixels):
         return h.is_image and (hdu is None or h.answers(hdu))
     with walk_fits(path, keep, _AHEAD, max_pixels) as walk:
         found = choose_image(walk.hdus, hdu, path)
-        form = _form(found, path)
+        form = image_form(found, path)
         return walk.load(found), form
 
 # %% ../nbs/03_fits.ipynb #9370ef94
@@ -113,7 +120,7 @@ def _pixels(hdu, form, path, dtype=np.float32):
     if form.packed:
         verify(hdu, path)
         return _unpack(hdu, form, path, dtype)
-    out = _decode(hdu.data, form, np.empty(form.shape, dtype))
+    out = decode_image(hdu.data, form, np.empty(form.shape, dtype))
     _check(sums(hdu), hdu.data, form, out, path)
     return out
 
@@ -138,7 +145,7 @@ class StoredImage:
         forms:dict # forms seen so far, shared by the images of a folder
     ):
         self.path, self.stamp, self.promised = str(path), stamp, sums(hdu)
-        form = _form(hdu, path)
+        form = image_form(hdu, path)
         self.form = forms.setdefault(form, form)
 
     @property
@@ -159,7 +166,7 @@ class StoredImage:
                 raise CutoutError(self.path, f'its shape changed from {self.form.shape} to {x.shape} since it was opened', 'Open the folder again')
             out[...] = x.reshape(self.shape)
         else:
-            _decode(data, self.form, out.reshape(self.form.shape))
+            decode_image(data, self.form, out.reshape(self.form.shape))
             _check(self.promised, data, self.form, out, self.path)
         return out
 

@@ -134,12 +134,12 @@ def _parts(one, f, slots):
     "Where the planes of an image belong among the bands of the set; None if its bands are not in it."
     names = f.names or one.bands
     planes = f.planes
-    if f.role != 'flux' and len(names) != len(planes):
+    if f.role != 'flux':
         cube = one.flux[0]
-        if len(planes) == 1:
-            planes = planes*len(names)
-        elif len(one.flux) == 1 and len(planes) == cube.image.shape[0]:
+        if f.names is None and len(one.flux) == 1 and len(planes) == cube.image.shape[0]:
             planes = cube.planes
+        elif len(planes) == 1:
+            planes = planes*len(names)
         else:
             raise CutoutError(f.image.path, f'{f.role} of {len(planes)} planes for bands {", ".join(names)}', 'Give one plane for all bands, or one each', key=f.image.form.index)
     here = [(p, slots[b]) for p, b in zip(planes, names) if b in slots]
@@ -234,14 +234,13 @@ def read_fits_folder(
     if not keep:
         raise CutoutError(folder, f'none of its {len(named)} {"objects" if deep else "FITS files"} can be read', f'The first: {bad[0][2]}')
     objects, where = [objects[i] for i in keep], where[keep]
-    bad_files = [{'path': path, 'reason': reason} for _, path, reason in bad]
     cs = _as_set(folder, objects, where, bands, size, survey, unit, pixscale, mask_bits, deep)
     lost = [{'path': str(one.path), 'reason': f'band {b} is missing, its plane is NaN. {one.lost.get(b, "")}'.strip()}
             for one in objects for b in cs.bands if b not in one.bands]
     if lost and strict:
         raise CutoutError(lost[0]['path'], lost[0]['reason'], 'Complete it, or use strict=False')
     if bad or lost:
-        cs.bad_files = pd.DataFrame(bad_files + lost)
+        cs.bad_files = pd.DataFrame([{'path': path, 'reason': reason} for _, path, reason in bad] + lost)
         texts = [f'{len(bad)} of {len(named)} {"objects" if deep else "files"} cannot be read and are left out']*bool(bad) + [f'{len(lost)} planes are missing and NaN']*bool(lost)
         warnings.warn(f'{folder}: {"; ".join(texts)}; see bad_files')
     return cs if catalog is None else cs.join_catalog(catalog, strict)
@@ -259,9 +258,9 @@ def _objects_of(folder, pattern):
     return list(groups.items()), True
 
 def _bar(named):
-    "The same, with a progress bar if it takes longer than three seconds."
+    "The same, with a progress bar if there are many and it takes longer than three seconds."
     from tqdm.auto import tqdm
-    return tqdm(named, desc='open', unit='obj', delay=3, leave=False)
+    return tqdm(named, desc='open', unit='obj', delay=3, leave=False) if len(named) >= 2000 else named
 
 # %% ../nbs/04_folders.ipynb #0975ba2d
 def _as_set(folder, objects, where, bands, size, survey, unit, pixscale, bits, deep):

@@ -235,12 +235,14 @@ def product(
     return n
 
 # %% ../nbs/02_hdus.ipynb #b7db271a
-def _scan(source, path, keep, max_pixels):
-    "All HDUs of an open file; the data of those that `keep` accepts are kept if the stream cannot seek."
+def _scan(source, path, keep, max_pixels, until):
+    "All HDUs of an open file; the data of those that `keep` accepts are kept if the stream cannot seek. A stream is read no further than the HDU that `until` accepts."
     hdus, kept = [], 0
     plain = isinstance(source, _Plain)
     while not (hdus and plain and source.at >= source.size) and (found := _read_header(source, path, len(hdus))):
         hdu = _parse(*found, path, len(hdus), source.at)
+        if not plain and until(hdu):
+            return [*hdus, hdu]
         if not plain and keep(hdu):
             kept += product(hdu.shape)
             check_claim(hdu, kept, path, max_pixels)
@@ -310,19 +312,20 @@ def walk_fits(
     keep=lambda hdu: False,     # which HDUs to keep the data of, should the file be compressed
     ahead:int=0,                # plain files up to this size are read whole, of others only headers
     max_pixels:int=MAX_PIXELS,  # refuse to load an image that claims more
+    until=lambda hdu: False,    # where to stop, should the file be compressed: its data and what follows are not looked at
 ):
     "Walk all headers of a file, compare them with its size, and yield a `Walk`."
     source = _open_plain(path, ahead)
     try:
         if source.buffer[:9] == b'SIMPLE  =':
             with reading(path):
-                yield Walk(path, _scan(source, path, keep, max_pixels), source, max_pixels)
+                yield Walk(path, _scan(source, path, keep, max_pixels, until), source, max_pixels)
             return
     finally:
         os.close(source.fd)
     with open_bytes(path) as f:
         source = _Stream(f)
-        yield Walk(path, _scan(source, path, keep, max_pixels), source, max_pixels)
+        yield Walk(path, _scan(source, path, keep, max_pixels, until), source, max_pixels)
 
 # %% ../nbs/02_hdus.ipynb #e2e111df
 def sum32(

@@ -24,7 +24,7 @@ from .core import CutoutError, as_ids
 from .cutouts import CutoutSet, Pixels
 from .fits import MAX_PIXELS, celestial_wcs, fits_bands, pixel_scale
 from .grids import plan_grids, resample_strips
-from .planes import FitsImage, Made
+from .windows import FitsImage, Made
 from .surveys import BAND_WAVELENGTH, SURVEYS, get_survey, match_bands, order_bands
 
 # %% ../nbs/05_tiles.ipynb #dc433a4f

@@ -32,6 +32,7 @@ from .cutouts import CutoutSet, open_cutouts
 from .draws import Draws
 from .methods import make_method
 from .optim import learning_rate, make_optimizer
+from .precision import describe, exact_matmul, scope
 from .runs import Run, load_resume, load_state, read_config, read_log, save_resume, save_weights, write_config
 from .world import StopFlag, die_with_launcher, gather, join_world, total_over
 
@@ -73,8 +74,8 @@ class Trainer:
             torch.manual_seed(cfg.seed)
             method = make_method(cfg.method, n_bands=len(pre.bands), size=cfg.size, **cfg.settings)
         cs = self.train_set
-        config = {'method': cfg.method, 'settings': method.settings, 'preprocess': pre.config(), 'bands': list(pre.bands), 'survey': cs.survey,
-                  'pixscale': None if math.isnan(cs.pixscale) else cs.pixscale, 'unit': cs.unit, 'n_train': len(cs), 'train': _saved(cfg)}
+        config = {'method': cfg.method, 'settings': method.settings, 'preprocess': pre.config(), 'bands': list(pre.bands), 'survey': cs.survey, 'unit': cs.unit,
+                  'pixscale': None if math.isnan(cs.pixscale) else cs.pixscale, 'n_train': len(cs), 'train': _saved(cfg), 'compute': describe(device, cfg.precision)}
         self.run = Run(self.folder, config, method.to(device), pre.to(device))
         self.optimizer = make_optimizer(method, cfg.lr, cfg.weight_decay, cfg.betas)
         model = torch.compile(method) if cfg.compile else method
@@ -170,9 +171,10 @@ def train_step(self:Trainer, batches):
         batch = self.run.preprocess(batch, train=True, views=self.run.method.views)
         last = k == cfg.accum - 1
         with nullcontext() if last or self.world.size == 1 else self.model.no_sync():
-            with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == 'bf16'):
+            with scope(device, cfg.precision):
                 loss = self.model(batch)['loss']/cfg.accum
-            loss.backward()
+            with exact_matmul(device):
+                loss.backward()
         total = total + loss.detach().double()
         ids += batch['id']
     grads = [p.grad for p in self.run.method.parameters() if p.grad is not None]
@@ -223,7 +225,7 @@ def validate(self:Trainer):
             batch = to_device(batch, world.device)
             batch['draws'] = Draws(cfg.seed, 'val', k, rank=world.rank, world=world.size, device=world.device)
             batch = self.run.preprocess(batch, train=method.views > 1, views=method.views)
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=cfg.precision == 'bf16'):
+            with scope(world.device, cfg.precision):
                 loss = float(method(batch)['loss'])
             total += torch.tensor([loss*len(batch['id']), len(batch['id'])], dtype=torch.float64)
     total = total_over(world, total)
@@ -332,8 +334,8 @@ def train(
                 callbacks = [ProgressBar(), Figures(cfg.figure_every), *(resolve(CALLBACKS[t])() for t in cfg.track)]
             trainer = Trainer(cfg, cs, world, stop, callbacks)
             trainer.build()
-            if world.first and 0 < trainer.step < trainer.total_steps:
-                print(f'Resuming at step {trainer.step} of {trainer.total_steps}.')
+            if world.first and trainer.step < trainer.total_steps:
+                print(f'{"Resuming" if trainer.step else "Starting"} at step {trainer.step} of {trainer.total_steps}, on {trainer.run.config["compute"]}.')
             done = trainer.step == trainer.total_steps or trainer.fit()
             if world.first and not done:
                 print(f'Stopped and saved at step {trainer.step} of {trainer.total_steps}. Run the same command again to go on.')
