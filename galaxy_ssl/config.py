@@ -39,7 +39,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW
     warmup: float = 0.05             # fraction of the steps with a rising learning rate
     clip: float|None = 1.0           # largest gradient norm; None = no clipping
-    precision: Literal['fp32', 'bf16'] = 'fp32'  # of the forward pass
+    precision: Literal['fp32', 'bf16'] = 'fp32'  # bf16 = matrix products in bfloat16, weights in float32
     val_fraction: float = 0.05       # held out by sky region (or id), for the validation loss; 0 = none
     stretch: str|None = None         # None = asinh, or linear for RGB composites
     augment: AugmentConfig = dataclass_field(default_factory=AugmentConfig)
