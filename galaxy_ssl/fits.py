@@ -179,7 +179,7 @@ class StoredImage:
                 if (status.st_size, status.st_mtime_ns, status.st_ino) != self.stamp:
                     return None
                 data = np.empty(self.form.size, np.uint8) if scratch is None or len(scratch) < self.form.size else scratch[:self.form.size]
-                data = data[:os.preadv(fd, [data], self.form.offset)]
+                data = memoryview(data)[:os.preadv(fd, [data], self.form.offset)]
             finally:
                 os.close(fd)
         if len(data) < self.form.size:
