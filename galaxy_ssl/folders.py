@@ -217,12 +217,11 @@ def read_fits_folder(
     "Objects of FITS files; the pixels are read when asked for."
     bands = (bands,) if isinstance(bands, str) else bands and tuple(bands)
     named, deep = _objects_of(folder, pattern)
-    bad, forms = [], {}
+    bad, forms, objects = [], {}, []
     def refuse(one, e):
         if strict or len(named) == 1:
             raise e
         bad.append((one, str(getattr(one, 'path', one)), str(e)))
-    objects = []
     for name, places in _bar(named):
         try:
             objects.append(_gather(name, places, bands, hdu, forms, strict))

@@ -11,6 +11,7 @@ __all__ = ['BLOCK', 'MAX_PIXELS', 'AGAIN', 'reading', 'open_bytes', 'Hdu', 'prod
 # %% ../nbs/02_hdus.ipynb #01bff654
 import bz2
 import gzip
+import math
 import os
 import warnings
 import zlib
@@ -229,10 +230,7 @@ def product(
     shape,  # whole numbers
 )->int:
     "Product of Python ints, which do not overflow."
-    n = 1
-    for s in shape:
-        n *= s
-    return n
+    return math.prod(shape)
 
 # %% ../nbs/02_hdus.ipynb #b7db271a
 def _scan(source, path, keep, max_pixels, until):
