@@ -2,6 +2,9 @@
 
 Between the baseline and ours stand the same number of operations as bare matrix products: the ceiling on this machine. Where
 its ratio lies below a goal, that goal cannot be reached here, and the ratio of ours to the ceiling is what is left to judge.
+
+On a Zen 4 core (AVX-512 in halves, avx512_bf16, no AMX) both libraries are within 15 % of the processor's float32 peak: products reach
+84-94 GFLOP/s by default, 96-103 by oneDNN, 185-205 in bf16. The goals were set on a Zen 5 core, where the three are 102, 213 and 449.
 """
 import copy
 import tempfile

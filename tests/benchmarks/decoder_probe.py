@@ -3,6 +3,10 @@
 `python tests/benchmarks/decoder_probe.py --epochs 6 --seeds 3 --out runs/decoder_probe` on the Galaxy Zoo set of
 nbs/tutorials/03_galaxy_zoo.ipynb: same galaxies, split, encoder (192 wide, 4 blocks, patch 8, 64 px) and probe.
 Only the decoder differs. `python tests/benchmarks/decoder_probe.py --patch 16` takes a fifth of the time. What is done stays done: run it again to go on, with more seeds if you like.
+
+Measured with `--patch 16 --epochs 6 --batch 16` (1158 steps), seed 0 only, balanced accuracy on 915 test galaxies with its 95 % bootstrap interval:
+light 0.727 (0.688-0.766), original 0.652 (0.613-0.693), untrained encoder 0.698 (0.660-0.733).
+One seed of a short training: it shows no loss from the light decoder, and does not show what either reaches when trained to the end.
 """
 import argparse
 import os
