@@ -14,6 +14,8 @@ from functools import cached_property
 
 from astropy.io import fits
 
+from .core import CutoutError
+
 # %% ../nbs/01_cards.ipynb #98d760ea
 _TEXT = bytes(c if 32 <= c < 127 else ord('?') for c in range(256))
 _VALUE = re.compile(rb"= *(?:([+-]?\d+)|([+-]?(?:\d+\.?\d*|\.\d+)(?:[ED][+-]?\d+)?)|([TF])|'((?:[^'&]|'')*)') *(?:/|$)")
@@ -63,7 +65,7 @@ class Cards:
         "The value of the card at this byte."
         found = _VALUE.match(self.head, at + 8, at + 80)
         if found is None:
-            return self.header[key] if self.head[at + 8:at + 9] == b'=' else None
+            return self._odd(key) if self.head[at + 8:at + 9] == b'=' else None
         kind, text = found.lastindex, found[found.lastindex]
         if kind == 1:
             return int(text)
@@ -72,3 +74,10 @@ class Cards:
         if kind == 3:
             return text == b'T'
         return text.replace(b"''", b"'").rstrip().translate(_TEXT).decode('ascii')
+
+    def _odd(self, key):
+        "The value of an unusual card, by astropy."
+        try:
+            return self.header[key]
+        except fits.VerifyError as e:
+            raise CutoutError('header', f'unreadable header card {key}', 'Repair the header') from e

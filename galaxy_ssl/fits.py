@@ -51,7 +51,10 @@ def image_form(
         raise CutoutError(path, f'an image of {"x".join(map(str, shape))} pixels; (y, x) or (bands, y, x) was expected', 'Choose another HDU with hdu=', key=hdu.index)
     scaling = None
     if not hdu.packed:
-        scale, zero, blank = (hdu.cards.get(k, d) for k, d in (('BSCALE', 1), ('BZERO', 0), ('BLANK', None)))
+        try:
+            scale, zero, blank = (hdu.cards.get(k, d) for k, d in (('BSCALE', 1), ('BZERO', 0), ('BLANK', None)))
+        except CutoutError as e:
+            raise CutoutError(path, e.reason, e.hint, key=hdu.index) from e
         if not all(isinstance(v, (int, float)) and np.isfinite(v) for v in (scale, zero)) or scale == 0:
             raise CutoutError(path, f'BSCALE={scale!r} and BZERO={zero!r} give no pixel values', 'Repair the header', key=hdu.index)
         blank = blank if hdu.bitpix > 0 else None

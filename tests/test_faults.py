@@ -571,7 +571,7 @@ def test_units_of_positions(unit, value, tmp_path):
 def test_mixed_pixel_scales(galaxies, tmp_path):
     galaxies[:20].save(tmp_path/'a.h5')
     like(galaxies[20:], pixscale=0.5).save(tmp_path/'b.h5')
-    with pytest.raises(CutoutError, match='pixel scales differ'):
+    with pytest.raises(CutoutError, match='pixscale differ: 0.262 in a, 0.5 in b'):
         open_cutouts([tmp_path/'a.h5', tmp_path/'b.h5'])
     with pytest.raises(CutoutError, match='bands differ'):
         concat([galaxies, galaxies.select(('g', 'r'))])
