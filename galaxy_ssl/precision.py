@@ -108,7 +108,7 @@ def scope(
     mixed:bool=True,  # for bf16: convert at each product; False = the weights are bf16 already
 ):
     "The context to compute in; an autocast that was on around it does not reach inside."
-    exact = precision == 'fp32'
+    exact = resolve_precision(precision, device) == 'fp32'
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed and not exact), exact_matmul(device) if exact else nullcontext():
         yield
 
