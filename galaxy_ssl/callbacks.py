@@ -179,7 +179,7 @@ class OnlineProbe(Callback):
         device = next(run.method.parameters()).device
         was = run.method.training
         run.method.eval()
-        X, good = resolve('galaxy_ssl.embed:embed_rows')(run, self.cs.select(run.bands), device=device)
+        X, good, _ = resolve('galaxy_ssl.embed:embed_rows')(run, self.cs.select(run.bands), device=device)
         run.method.train(was)
         return self.probe(X, self.labels()[good])
 

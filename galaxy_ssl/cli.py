@@ -53,6 +53,7 @@ class EmbedArgs:
     device: str = 'auto'                  # auto, cpu, cuda
     weights: Literal['last', 'best'] = 'last'    # best = lowest validation loss
     max_bad: float = 0.01                 # stop above this fraction of objects without a valid pixel
+    tta: int = 1                          # views of each object to average over: 8 = turned and mirrored, 1 = off
     csv: str|None = None                  # also write file_name,Z1..Zn here
 
 @dataclass
@@ -100,7 +101,7 @@ def _embed(argv):
     cs = open_cutouts(args.data)
     if args.csv and not args.out.endswith('.parquet'):
         raise CutoutError('--csv', 'needs a single .parquet file as --out', 'Add .parquet, or export shard by shard in Python')
-    table = embed_cutouts(run, cs, args.batch_size, args.pool, args.device, args.precision, args.out, args.shard_size, args.max_bad)
+    table = embed_cutouts(run, cs, args.batch_size, args.pool, args.device, args.precision, args.out, args.shard_size, args.max_bad, tta=args.tta)
     if int(os.environ.get('RANK', 0)) == 0:
         if args.csv:
             table.to_csv(args.csv)

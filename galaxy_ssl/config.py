@@ -104,6 +104,8 @@ def check_config(
         raise CutoutError('accum', f'batch_size {cfg.batch_size} is not a multiple of accum {cfg.accum}', 'Choose a divisor')
     if not 0 <= cfg.val_fraction < 1 or not 0 <= cfg.warmup < 1:
         raise CutoutError('config', f'val_fraction {cfg.val_fraction} and warmup {cfg.warmup} must lie in [0, 1)', 'Use e.g. 0.05')
+    if cfg.precision not in ('fp32', 'bf16'):
+        raise CutoutError('precision', f'no precision is called {cfg.precision!r}', "Choose 'fp32' or 'bf16'")
     given = [k for k in ('n_bands', 'size') if k in cfg.settings]
     if given:
         raise CutoutError('settings', f'{given} are not set by hand', 'They follow from the data and from `size`')

@@ -23,12 +23,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import galaxy_ssl
-from .batch import Loader, to_device
+from .batch import Loader, load_batch, to_device
 from .core import CutoutError, atomic_write, run_lock
 from .cutouts import CutoutSet
 from .precision import describe, resolve_precision, scope
 from .runs import Run, load_run, weights_digest
 from .table import EmbeddingTable
+from .tta import tta as mean_over_views
+from .tta import tta_views
 from .world import join_world
 
 # %% ../nbs/41_embed.ipynb #9045701f
@@ -65,21 +67,26 @@ def embed_rows(
     precision:str='fp32',  # 'fp32' or 'bf16'
     advance=None,          # called with the number of objects done
     embed=embed_batch,     # (method, image, bad, pool) -> (B,D); another one may average several looks
-):                         # X (n, D) float32 of the good objects, mask (N,) of the good ones
+    tta:int=1,             # views of each object whose embeddings are averaged, see `tta_views`
+):                         # X (n, D) float32 of the good objects, mask (N,) of the good ones, spread (n,) over the views or None
     "Embed every object of a set, in order."
     device = torch.device(device)
     method = _encoder(run.method, precision)
-    parts, good = [], []
-    for batch in Loader(cs, batch_size, shuffle=False, drop_last=False).epoch():
-        batch = run.preprocess(to_device(batch, device))
-        fine = (~batch['bad']).flatten(1).any(1)
+    look = lambda image, bad: embed(method, image, bad, pool)
+    parts, good, spreads = [], [], []
+    for batch in Loader(cs, batch_size, shuffle=False, drop_last=False, pin=device.type == 'cuda').epoch():
+        batch = to_device(batch, device)
+        seen = run.preprocess(batch)
+        fine = (~seen['bad']).flatten(1).any(1)
         with torch.inference_mode(), scope(device, precision, mixed=False):
-            z = embed(method, batch['image'], batch['bad'], pool)
+            z, spread = (look(seen['image'], seen['bad']), None) if tta == 1 else mean_over_views(look, run.preprocess, batch, n=tta)
         parts.append(z[fine].cpu().numpy())
         good.append(fine.cpu().numpy())
+        if spread is not None:
+            spreads.append(spread[fine].cpu().numpy())
         if advance is not None:
             advance(len(fine))
-    return np.concatenate(parts), np.concatenate(good)
+    return np.concatenate(parts), np.concatenate(good), np.concatenate(spreads) if spreads else None
 
 # %% ../nbs/41_embed.ipynb #af1e803c
 def _fitting(run, cs):
@@ -98,16 +105,20 @@ def _info(run, job, bad):
     "What made these vectors."
     config = run.config
     return {'run': run.folder.name if run.folder else 'in memory', 'method': config['method'], 'settings': config['settings'],
-            'untrained': config.get('untrained', False), 'survey': config.get('survey', ''), 'bands': list(run.bands), 'pool': job['pool'],
+            'untrained': config.get('untrained', False), 'survey': config.get('survey', ''), 'bands': list(run.bands), 'pool': job['pool'], 'tta': job['tta'],
             'precision': job['precision'], 'compute': describe(job['device'], job['precision'], mixed=False), 'preprocess': run.preprocess.config(), 'weights': weights_digest(run.method.state_dict()),
             'versions': {'galaxy_ssl': galaxy_ssl.__version__, 'torch': torch.__version__}, 'n_bad': len(bad), 'bad_ids': bad[:100]}
 
-def _table(run, cs, job, X, good):
+def _rows(cs, good, spread):
+    "The catalogue rows of the good objects."
+    return cs.meta[good] if spread is None else cs.meta[good].assign(tta_spread=spread)
+
+def _table(run, cs, job, X, good, spread):
     "The vectors of the good objects with their catalogue rows."
     bad = [i for i, g in zip(cs.ids, good) if not g]
     if not good.any():
         raise CutoutError('cutouts', f'none of the {len(cs)} objects has a valid pixel', 'Check the files: is everything NaN?')
-    return EmbeddingTable(X, cs.meta[good], _info(run, job, bad))
+    return EmbeddingTable(X, _rows(cs, good, spread), _info(run, job, bad))
 
 # %% ../nbs/41_embed.ipynb #275c364f
 def embed_cutouts(
@@ -121,6 +132,7 @@ def embed_cutouts(
     shard_size:int=4096,   # objects per shard while writing
     max_bad:float=0.01,    # stop when more than this fraction (and more than 10 objects) have no valid pixel
     progress:bool=True,    # show a progress bar
+    tta:int=1,             # views of each object, 8 = turned and mirrored: X is their mean, `tta_spread` in meta their scatter; 1 = off
 )->EmbeddingTable:         # for a folder of shards its path, which `EmbeddingTable.load` reads
     "Embed a set; with `out`, write it as it goes, resume what was interrupted, and share the work under torchrun."
     run = run if isinstance(run, Run) else load_run(run)
@@ -128,18 +140,20 @@ def embed_cutouts(
     poolings = run.method.poolings
     if pool not in poolings:
         raise CutoutError('pool', f'unknown pooling {pool!r}', f'This method offers {", ".join(poolings)}')
+    if tta != 1:
+        next(tta_views(run.preprocess, load_batch(cs, [0]), tta))  # refuses what cannot be done, before any work
     with join_world(device) as world:
         run.method.to(world.device).eval()
         run.preprocess.to(world.device)
         try:
-            job = dict(batch_size=batch_size, pool=pool, precision=resolve_precision(precision, world.device), device=world.device)
+            job = dict(batch_size=batch_size, pool=pool, precision=resolve_precision(precision, world.device), device=world.device, tta=tta)
             if progress and world.first:
                 print(f'Embedding on {describe(world.device, job["precision"], mixed=False)}.')
             if out is None:
                 with _bar(len(cs), progress and world.first) as bar:
-                    X, good = embed_rows(run, cs, **job, advance=bar.update)
+                    X, good, spread = embed_rows(run, cs, **job, advance=bar.update)
                 _count_bad(len(cs), int((~good).sum()), max_bad)
-                return _table(run, cs, job, X, good)
+                return _table(run, cs, job, X, good, spread)
             return _embed_to(Path(out), run, cs, job, shard_size, max_bad, progress, world)
         finally:
             run.method.cpu()
@@ -214,13 +228,13 @@ def _same_job(parts, job):
 # %% ../nbs/41_embed.ipynb #8cdc95ea
 def _embed_shard(parts, k, run, cs, job, info, bar):
     "Embed and write one shard; objects without a valid pixel go to its list. Returns how many those are."
-    X, good = embed_rows(run, cs, **job, advance=bar.update)
+    X, good, spread = embed_rows(run, cs, **job, advance=bar.update)
     if not good.all():
         bad = pd.DataFrame({'id': np.array(cs.ids, dtype=object)[~good], 'reason': 'no valid pixel'})
         with atomic_write(parts/f'part-{k:05d}.bad.csv') as tmp:
             bad.to_csv(tmp, index=False)
     if good.any():
-        EmbeddingTable(X, cs.meta[good], info).save(parts/f'part-{k:05d}.parquet')
+        EmbeddingTable(X, _rows(cs, good, spread), info).save(parts/f'part-{k:05d}.parquet')
     return int((~good).sum())
 
 def _done(parts, k, n):
@@ -230,5 +244,5 @@ def _done(parts, k, n):
 
 def _bad_of(parts):
     "All objects set aside so far."
-    lists = [pd.read_csv(p, dtype=str) for p in sorted(parts.glob('part-*.bad.csv'))]
+    lists = [pd.read_csv(p, dtype=str, keep_default_na=False) for p in sorted(parts.glob('part-*.bad.csv'))]
     return pd.concat([pd.DataFrame({'id': [], 'reason': []}, dtype=str), *lists], ignore_index=True)

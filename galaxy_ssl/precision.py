@@ -9,6 +9,7 @@ __all__ = ['PRECISIONS', 'PLAIN_TOKENS', 'onednn_errors', 'exact_onednn', 'exact
            'scope', 'describe', 'gemm_rates']
 
 # %% ../nbs/19_precision.ipynb #79047986
+import threading
 import time
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -29,7 +30,8 @@ def _trial(setting):
         for rows, inner, columns in ((64, 384, 96), (272, 1536, 384), (33, 2048, 65)):
             x, w = (torch.randn(n, inner, generator=draw) for n in (rows, columns))
             exact = x.double() @ w.double().T
-            errors.append((F.linear(x, w).double() - exact).abs().max().item()/exact.std().item())
+            with torch.autocast('cpu', enabled=False):
+                errors.append((F.linear(x, w).double() - exact).abs().max().item()/exact.std().item())
     finally:
         switch.fp32_precision = before
     return max(errors)
@@ -57,12 +59,21 @@ def exact_matmul(
         yield
         return
     switch = torch.backends.mkldnn.matmul
-    before = switch.fp32_precision
-    switch.fp32_precision = 'bf16'  # the offer that oneDNN does not take here: see `onednn_errors`
+    with _Users.lock:
+        _Users.before = switch.fp32_precision if _Users.now == 0 else _Users.before
+        _Users.now += 1
+        switch.fp32_precision = 'bf16'  # the offer that oneDNN does not take here: see `onednn_errors`
     try:
         yield
     finally:
-        switch.fp32_precision = before
+        with _Users.lock:
+            _Users.now -= 1
+            if _Users.now == 0:
+                switch.fp32_precision = _Users.before
+
+class _Users:
+    "The switch is one for all threads: the first who computes sets it, the last sets it back."
+    lock, now, before = threading.Lock(), 0, None
 
 # %% ../nbs/19_precision.ipynb #8e85302d
 PRECISIONS = ('fp32', 'bf16', 'auto')
@@ -90,15 +101,16 @@ def resolve_precision(
 # %% ../nbs/19_precision.ipynb #60d36059
 PLAIN_TOKENS = 256  # up to so many tokens, attention on a CPU is two matrix products and a softmax; beyond, torch's fused kernel
 
+@contextmanager
 def scope(
     device,           # where the computation runs
     precision:str,    # 'fp32' or 'bf16'
     mixed:bool=True,  # for bf16: convert at each product; False = the weights are bf16 already
 ):
-    "The context to compute in."
-    if precision == 'fp32':
-        return exact_matmul(device)
-    return torch.autocast(torch.device(device).type, torch.bfloat16) if mixed else nullcontext()
+    "The context to compute in; an autocast that was on around it does not reach inside."
+    exact = resolve_precision(precision, device) == 'fp32'
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=mixed and not exact), exact_matmul(device) if exact else nullcontext():
+        yield
 
 def describe(
     device,           # where the computation runs

@@ -17,7 +17,7 @@ import warnings
 import weakref
 import zlib
 from collections import OrderedDict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -164,16 +164,15 @@ def leased(
     fd:int,  # open for reading
 ):           # whether the lease was granted
     "Hold a read lease: until it ends, nobody on this machine can truncate or write the file (fcntl(2), F_SETLEASE)."
+    granted = False
     try:
-        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # who wants to write wakes us with a signal that is ignored
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-        granted = True
-    except (OSError, AttributeError):
-        granted = False
-    try:
+        with suppress(OSError, AttributeError):
+            fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # who wants to write wakes us with a signal that is ignored
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            granted = True
         yield granted
-    finally:
-        if granted:
+    finally:  # also after Ctrl-C between the lease and the next line
+        with suppress(*() if granted else (OSError, AttributeError)):
             fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
 
 # %% ../nbs/01_rows.ipynb #3e50cea4
@@ -182,7 +181,7 @@ class _Opened:
 
     def __init__(self, path, offset, size, digest=None):
         self.path, self.offset, self.size = path, offset, size
-        self.lock = threading.Lock()
+        self.lock, self.pid = threading.Lock(), os.getpid()
         try:
             self.fd = os.open(path, os.O_RDONLY)
         except OSError as e:
@@ -304,7 +303,11 @@ class MappedRows:
             width //= self.shape[1]
             rows = (rows[:, None]*self.shape[1] + bands).ravel()
             at = None if at is None else (at[:, None]*len(bands) + np.arange(len(bands))).ravel()
-        file = self._opened or _Opened(self.path, self.offset, self.size, self._digest)
+        if not out.flags.c_contiguous:
+            raise ValueError(f'out with strides {out.strides} is not C-contiguous')
+        file = self._opened
+        if file is None or file.pid != os.getpid():  # lock and lease of a parent process are not ours
+            file = _Opened(self.path, self.offset, self.size, self._digest)
         file.check()
         self._opened, self._digest = file, file.digest
         to = out.reshape(-1, width)

@@ -26,13 +26,13 @@ from fastcore.basics import patch
 from .batch import Loader, fit_preprocess, to_device
 from .callbacks import CALLBACKS, Figures, ProgressBar
 from .catalogs import hold_out
-from .config import TrainConfig, check_config, parse_args
+from .config import TrainConfig, check_config, make_config, parse_args
 from .core import CutoutError, atomic_write, resolve, run_lock
 from .cutouts import CutoutSet, open_cutouts
 from .draws import Draws
 from .methods import make_method
 from .optim import learning_rate, make_optimizer
-from .precision import describe, exact_matmul, scope
+from .precision import describe, scope
 from .runs import Run, load_resume, load_state, read_config, read_log, save_resume, save_weights, write_config
 from .world import StopFlag, die_with_launcher, gather, join_world, total_over
 
@@ -116,9 +116,9 @@ def restore(self:Trainer):
     "Take up an unfinished run of the same settings where it was last saved."
     saved = read_config(self.folder)
     here = json.loads(json.dumps(self.run.config))
-    theirs, mine = saved['train'], here['train']
+    theirs, mine = _saved(make_config(saved['train'], self.folder/'config.json')), here['train']  # settings that are newer than the run have their defaults
     differs = [f'{k}: {theirs.get(k)!r} there, {mine[k]!r} here' for k in mine if k not in _FREE and theirs.get(k) != mine[k]]
-    if saved['preprocess'] != here['preprocess']:
+    if any(v != here['preprocess'].get(k) for k, v in saved['preprocess'].items() if k != 'augment'):
         differs.append('the data: other statistics of the training split')
     if differs:
         raise CutoutError(self.folder, f'holds a run with other settings ({"; ".join(differs[:5])})',
@@ -173,7 +173,7 @@ def train_step(self:Trainer, batches):
         with nullcontext() if last or self.world.size == 1 else self.model.no_sync():
             with scope(device, cfg.precision):
                 loss = self.model(batch)['loss']/cfg.accum
-            with exact_matmul(device):
+            with scope(device, 'fp32'):
                 loss.backward()
         total = total + loss.detach().double()
         ids += batch['id']

@@ -231,6 +231,16 @@ def test_a_run_folder_of_other_pixels_is_not_resumed(folder, galaxies):
     assert contents(folder) == before
 
 
+def test_an_unfinished_run_of_an_older_release_is_resumed(folder, galaxies):
+    config = json.loads((folder/'config.json').read_text())
+    for saved in (config['train']['augment'], config['preprocess']['augment']):
+        for name in ('redden', 'dust_table', 'psf_table', 'noise_table'):
+            del saved[name]
+    del config['preprocess']['conditions'], config['compute']
+    (folder/'config.json').write_text(json.dumps(config))
+    assert fit(galaxies, folder).finished
+
+
 def test_a_run_folder_in_use_names_its_owner(folder, galaxies):
     before = contents(folder)
     with run_lock(folder), pytest.raises(CutoutError, match=f'run folder in use by pid {os.getpid()}'):

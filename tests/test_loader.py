@@ -1,9 +1,12 @@
 """What a loader promises: every row once, batches that stay what they were, files that may change or vanish under it."""
+import fcntl
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from hypothesis import strategies as st
 from galaxy_ssl.batch import Buffers, Loader, load_batch
 from galaxy_ssl.core import CutoutError
 from galaxy_ssl.cutouts import CutoutSet, Pixels, open_cutouts
-from galaxy_ssl.rows import MappedRows, join_rows
+from galaxy_ssl.rows import MappedRows, join_rows, leased
 
 FLUX = np.random.default_rng(0).normal(size=(300, 3, 40, 40)).astype(np.float32)
 
@@ -154,3 +157,36 @@ def test_many_files_need_few_open_ones(tmp_path):
     np.testing.assert_array_equal(join_rows(parts)[::-1], FLUX[129::-1])
     if before:
         assert len(os.listdir('/proc/self/fd')) <= before + 101
+
+
+def test_a_lease_ends_even_if_ctrl_c_comes_as_it_begins(path, monkeypatch):
+    ask = fcntl.fcntl
+
+    def interrupted(fd, command, *value):
+        answer = ask(fd, command, *value)
+        if value == (fcntl.F_RDLCK,):
+            raise KeyboardInterrupt
+        return answer
+
+    fd = os.open(path, os.O_RDONLY)
+    monkeypatch.setattr(fcntl, 'fcntl', interrupted)
+    with pytest.raises(KeyboardInterrupt), leased(fd):
+        pass
+    assert ask(fd, fcntl.F_GETLEASE) == fcntl.F_UNLCK
+    os.close(fd)
+
+
+def test_a_forked_process_has_its_own_lock_and_lease(path):
+    cs, rows = open_cutouts(path), np.random.default_rng(0).permutation(300)
+    load_batch(cs, rows)
+    file = cs.flux.read._opened
+    with file.lock, leased(file.fd) as granted:  # as if another thread of ours were reading
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            same = np.array_equal(load_batch(cs, rows)['flux'].numpy(), FLUX[rows])
+            os._exit(0 if same else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert not granted or fcntl.fcntl(file.fd, fcntl.F_GETLEASE) == fcntl.F_RDLCK
