@@ -22,10 +22,12 @@ from fastcore.basics import patch
 
 from .core import CutoutError, as_ids
 from .cutouts import CutoutSet, Pixels
-from .fits import MAX_PIXELS, celestial_wcs, fits_bands, pixel_scale
+from .fits import MAX_PIXELS, celestial_wcs, filter_band, fits_bands, pixel_scale
 from .grids import plan_grids, resample_strips
+from .roles import name_parts
 from .windows import FitsImage, Made
-from .surveys import BAND_WAVELENGTH, SURVEYS, get_survey, match_bands, order_bands
+from .surveys import BAND_WAVELENGTH, SURVEYS, get_survey, match_bands, order_bands, plain_band
+from .wcs import wcs_cards
 
 # %% ../nbs/05_tiles.ipynb #dc433a4f
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def tile_files(
     if not paths:
         raise CutoutError(path, 'no FITS files here', 'Check the path')
     tiles, whole = {}, {}
-    for p in paths:
+    for p in _only_flux(paths):
         stem = _FITS.sub('', p.name)
         band, name = _band_of(p, stem, bands)
         if band is None:
@@ -105,7 +107,15 @@ def tile_files(
             raise CutoutError(p, f'a second file for band {band} of tile {name!r}', 'Give a dict: band -> file')
         else:
             tiles[name or folder.name][band] = p
+    if tiles and whole:
+        warnings.warn(f'{path}: {len(whole)} files name no band and are left out, first: {next(iter(whole.values())).name}')
     return tiles or whole
+
+def _only_flux(paths):
+    "The files without the masks, weights and models that lie beside a flux image of the same name."
+    parts = {p: name_parts(_FITS.sub('', p.name), glued=False) for p in paths}
+    flux = {name for name, role, _ in parts.values() if role in (None, 'flux')}
+    return [p for p, (name, role, _) in parts.items() if role in (None, 'flux') or name not in flux]
 
 def _band_of(path, stem, bands):
     "The band that a file name names, and the name without it."
@@ -116,7 +126,8 @@ def _band_of(path, stem, bands):
         raise CutoutError(path, f'its name may mean band {" or ".join(m[0] for m in found)}', 'Give a dict: band -> file')
     if not found:
         return None, stem
-    return found[0][0], re.sub(r'[-_.]{2,}', '-', stem[:found[0].start()] + stem[found[0].end():]).strip('-_.')
+    left, right = stem[:found[0].start()], stem[found[0].end():]
+    return found[0][0], (left[:-1] + right if left[-1:] in (*'-_.',) and right[:1] in (*'-_.',) else left + right).strip('-_.')
 
 # %% ../nbs/05_tiles.ipynb #834e6dca
 class TileFiles:
@@ -193,7 +204,7 @@ def open_tile(
     units = {b: _unit(images[b].header, survey, b) for b in given}
     if len({u for _, u in units.values()}) > 1:
         raise CutoutError('bands', f'units differ: { {b: u for b, (_, u) in units.items()} }', 'Bring them to one unit first')
-    wcs = {b: _wcs_or_none(images[b].header) for b in given}
+    wcs = {b: _wcs_or_none(images[b]) for b in given}
     maps = plan_grids({b: images[b].shape[1:] for b in given}, wcs, align)
     ref = align or given[0]
     if len(given) < len(bands):
@@ -203,7 +214,8 @@ def open_tile(
         if maps[b] is not None:
             images[b] = Made(images[b].path, shape, partial(resample_strips, images[b], 0, maps[b], shape), scratch)
     planes = [(images[b], 0, np.float32(units[b][0])) if b in have else None for b in bands]
-    return TileFiles(planes, bands, wcs[ref], survey, units[ref][1], shape)
+    place = next((w for w in (wcs[ref], *wcs.values()) if w is not None), None)
+    return TileFiles(planes, bands, place, survey, units[ref][1], shape)
 
 def read_tile(
     files,            # dict band -> path; or the path of a folder with one file per band, or of one multi-band file
@@ -232,6 +244,9 @@ def _open_band(path, band, hdu, max_pixels, scratch):
     image = FitsImage(path, hdu, max_pixels, scratch)
     if image.shape[0] > 1:
         raise CutoutError(path, f'{image.shape[0]} planes where one was expected', 'Give a multi-band file alone, not in a dict', key=band)
+    said = filter_band(image.header)
+    if said and plain_band(said).lower() != plain_band(band).lower():
+        warnings.warn(f'{path}: given as band {band}, but its header says {said}')
     return image
 
 def _open_cube(path, bands, survey, hdu, max_pixels, scratch):
@@ -241,7 +256,7 @@ def _open_cube(path, bands, survey, hdu, max_pixels, scratch):
     order = order_bands(names)
     units = [_unit(image.header, survey, b) for b in order]
     sources = [(image, planes[names.index(b)], np.float32(u[0])) for b, u in zip(order, units)]
-    return TileFiles(sources, order, _wcs_or_none(image.header), survey, units[0][1], image.shape[1:])
+    return TileFiles(sources, order, _wcs_or_none(image), survey, units[0][1], image.shape[1:])
 
 def _unit(header, survey, band):
     "Factor and unit of the pixels; those of the survey where the file does not name a unit."
@@ -252,9 +267,10 @@ def _unit(header, survey, band):
         return get_survey(survey).to_unit(band), get_survey(survey).unit
     return 1.0, 'unknown'
 
-def _wcs_or_none(header):
-    "The header's celestial WCS, or None where it has none."
-    return celestial_wcs(header) if 'CTYPE1' in header else None
+def _wcs_or_none(image):
+    "The celestial WCS of an image, or None where it has none."
+    cards = wcs_cards(image.hdu.cards, image.path)
+    return None if cards is None else celestial_wcs(cards)
 
 # %% ../nbs/05_tiles.ipynb #74f52f16
 def sky_name(
@@ -272,11 +288,13 @@ def sky_name(
 # %% ../nbs/05_tiles.ipynb #c06b5b31
 def _numbered(names):
     "Unique names: repeats get '_2', '_3', ..."
-    seen = {}
-    out = []
+    taken, seen, out = set(names), {}, []
     for n in names:
         seen[n] = seen.get(n, 0) + 1
+        while seen[n] > 1 and f'{n}_{seen[n]}' in taken:
+            seen[n] += 1
         out.append(n if seen[n] == 1 else f'{n}_{seen[n]}')
+        taken.add(out[-1])
     return out
 
 # %% ../nbs/05_tiles.ipynb #da72247a

@@ -202,6 +202,8 @@ def open_tiles(
     found = find_tiles(tiles, bands)
     options = {'bands': _common_bands(found, bands), 'survey': survey, 'align': align, 'hdu': hdu, 'scratch': scratch}
     where = _Where(at, size, step, n, seed, detect)
+    if len(found) > 1 and where.kind == 'catalog' and not where.on_sky and 'id' in where.catalog and 'tile' not in where.catalog:
+        raise CutoutError('catalog', f'x and y for {len(found)} tiles, and no column tells on which an object is', 'Give a column tile with the names of the tiles, or ra and dec')
     sets, sources, bad = [], [], []
     for name, source in tqdm(found.items(), desc='tiles', unit='tile', disable=len(found) < 20 and where.quick):
         try:
@@ -248,15 +250,17 @@ def _same_kind(name, tile, bands, sets):
 
 def _one_set(sets, sources, options, size, keep, strict, where):
     "The cutouts of all tiles behind one reader."
-    meta = pd.concat([s.meta.reset_index().assign(block=k, x0=s.flux.read.x0, y0=s.flux.read.y0) for k, s in enumerate(sets)], ignore_index=True)
-    meta = meta.iloc[where.once(meta)]
-    headers = None if any(s.headers is None for s in sets) else [h for s in sets for h in s.headers]
-    headers = None if headers is None else [headers[i] for i in meta.index]
+    meta = pd.concat([s.meta.reset_index() for s in sets], ignore_index=True)
+    block = np.repeat(np.arange(len(sets)), [len(s) for s in sets])
+    kept = where.once(meta, block)
+    block, y0, x0 = block[kept], *(np.concatenate([getattr(s.flux.read, a) for s in sets])[kept] for a in ('y0', 'x0'))
+    headers = [h for s in sets for h in s.headers or [None]*len(s)]
+    headers = [headers[i] for i in kept] if any(s.headers for s in sets) else None
+    meta = meta.iloc[kept].drop(columns='_edge')
     meta['id'] = _numbered(meta.id.tolist())
-    block = meta.block.to_numpy()
-    rows = TileRows(sources, options, block, meta.y0.to_numpy(), meta.x0.to_numpy(), size, keep, strict=strict)
+    rows = TileRows(sources, options, block, y0, x0, size, keep, strict=strict)
     pixels = Pixels(rows, (len(meta), len(options['bands']), size, size), blocks=block)
-    return CutoutSet(pixels, meta.drop(columns=['block', 'x0', 'y0', '_edge']), options['bands'], sets[0].survey, sets[0].pixscale, sets[0].unit, headers=headers)
+    return CutoutSet(pixels, meta, options['bands'], sets[0].survey, sets[0].pixscale, sets[0].unit, headers=headers)
 
 # %% ../nbs/07_tilesets.ipynb #4e22e44b
 class _Where:
@@ -328,7 +332,7 @@ def cut(self:_Where, name, tile):
     return cuts
 
 @patch
-def once(self:_Where, meta):
+def once(self:_Where, meta, block):
     "Rows to keep, so that no object comes twice from overlapping tiles."
     if self.kind == 'catalog' and 'id' in self.catalog:
         best = meta.sort_values('_edge', ascending=False, kind='stable').drop_duplicates('id').index
@@ -336,7 +340,7 @@ def once(self:_Where, meta):
     if self.kind != 'sources' or not np.isfinite(meta.ra).all():
         return np.arange(len(meta))
     pairs = cKDTree(_unit_vectors(meta.ra, meta.dec)).query_pairs(np.radians(1/3600), output_type='ndarray')
-    pairs = pairs[meta.block.to_numpy()[pairs[:, 0]] != meta.block.to_numpy()[pairs[:, 1]]]
+    pairs = pairs[block[pairs[:, 0]] != block[pairs[:, 1]]]
     edge = meta._edge.to_numpy()[pairs]
     return np.setdiff1d(np.arange(len(meta)), pairs[np.arange(len(pairs)), (edge[:, 0] >= edge[:, 1]).astype(int)])
 
