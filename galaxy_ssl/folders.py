@@ -205,6 +205,8 @@ def read_fits_folder(
     "Objects of FITS files; the pixels are read when asked for."
     bands = (bands,) if isinstance(bands, str) else bands and tuple(bands)
     named, deep = _objects_of(folder, pattern)
+    if isinstance(folder, (list, tuple)):
+        folder = folder[0] if len(folder) == 1 else f'{folder[0]} and {len(folder) - 1} more'
     bad, forms, objects = [], {}, []
     def refuse(one, e):
         if strict or len(named) == 1:

@@ -28,7 +28,7 @@ from .quality import reject
 from .rows import Pixels
 from .sources import detect_sources
 from .surveys import BAND_WAVELENGTH, order_bands
-from .tiles import Tile, TileFiles, _band_of, _FITS, _numbered, cut_tile, open_tile, sky_name, tile_files
+from .tiles import Tile, TileFiles, _band_of, _FITS, _numbered, as_frame, cut_tile, open_tile, sky_name, tile_files
 
 # %% ../nbs/07_tilesets.ipynb #ab1fe008
 def find_tiles(
@@ -275,8 +275,7 @@ class _Where:
     def _read(self, at):
         if isinstance(at, (str, Path)):
             at = read_catalog(at)
-        catalog = pd.DataFrame(at).copy()
-        catalog = catalog.reset_index() if catalog.index.name == 'id' and 'id' not in catalog else catalog.reset_index(drop=True)
+        catalog = as_frame(at)
         self.on_sky = {'ra', 'dec'} <= set(catalog)
         if not self.on_sky and not {'tile', 'x', 'y'} <= set(catalog) and not {'x', 'y'} <= set(catalog):
             raise CutoutError('catalog', f'no columns ra and dec, or tile, x and y; it has {list(catalog)[:8]}', 'Rename its columns')
