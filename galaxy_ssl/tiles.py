@@ -1,4 +1,4 @@
-"""From survey images to cutouts: bands registered on one pixel grid, sources found on them, and exact integer-pixel cuts that keep the sky coordinates.
+"""From survey images to cutouts: bands registered on one pixel grid, and exact integer-pixel cuts that keep the sky coordinates.
 
 Docs: https://galaxy-ssl.github.io/galaxy_ssl/tiles.html.md"""
 
@@ -24,6 +24,7 @@ from fastcore.basics import patch
 from .columns import to_degrees
 from .core import CutoutError, as_ids
 from .cutouts import CutoutSet, Pixels
+from .filenames import FITS_NAME, stem
 from .fits import MAX_PIXELS, celestial_wcs, filter_band, fits_bands, pixel_scale
 from .grids import plan_grids, resample_strips
 from .roles import name_parts
@@ -87,8 +88,6 @@ def window(self:Tile, y0, y1, x0, x1):
     return self.flux[:, y0:y1, x0:x1]
 
 # %% ../nbs/05_tiles.ipynb #74b5c061
-_FITS = re.compile(r'\.(fits|fit|fz)(\.(gz|bz2|fz))?$', re.I)
-
 def tile_files(
     path,        # folder, or pattern with *
     bands=None,  # names of bands that are not in BAND_WAVELENGTH
@@ -96,15 +95,14 @@ def tile_files(
     "The tiles of a folder, from the names of its files."
     path = Path(path)
     folder, pattern = (path, '*') if path.is_dir() else (path.parent, path.name)
-    paths = sorted(p for p in folder.glob(pattern) if _FITS.search(p.name) and not p.name.startswith('.'))
+    paths = sorted(p for p in folder.glob(pattern) if FITS_NAME.search(p.name) and not p.name.startswith('.'))
     if not paths:
         raise CutoutError(path, 'no FITS files here', 'Check the path')
     tiles, whole = {}, {}
     for p in _only_flux(paths):
-        stem = _FITS.sub('', p.name)
-        band, name = _band_of(p, stem, bands)
+        band, name = _band_of(p, stem(p), bands)
         if band is None:
-            whole[stem] = p
+            whole[name] = p
         elif band in tiles.setdefault(name or folder.name, {}):
             raise CutoutError(p, f'a second file for band {band} of tile {name!r}', 'Give a dict: band -> file')
         else:
@@ -115,20 +113,20 @@ def tile_files(
 
 def _only_flux(paths):
     "The files without the masks, weights and models that lie beside a flux image of the same name."
-    parts = {p: name_parts(_FITS.sub('', p.name), glued=False) for p in paths}
+    parts = {p: name_parts(stem(p), glued=False) for p in paths}
     flux = {name for name, role, _ in parts.values() if role in (None, 'flux')}
     return [p for p, (name, role, _) in parts.items() if role in (None, 'flux') or name not in flux]
 
-def _band_of(path, stem, bands):
+def _band_of(path, text, bands):
     "The band that a file name names, and the name without it."
     known = sorted({*BAND_WAVELENGTH, *(bands or ())}, key=lambda b: (-len(b), b))
-    found = [m for b in known for m in re.finditer(rf"(?<![\w'*]){re.escape(b)}(?![\w'*])", stem.replace('_', '-'))]
+    found = [m for b in known for m in re.finditer(rf"(?<![\w'*]){re.escape(b)}(?![\w'*])", text.replace('_', '-'))]
     found = [m for m in found if not any(o is not m and o.start() <= m.start() and m.end() <= o.end() and len(o[0]) > len(m[0]) for o in found)]
     if len(found) > 1:
         raise CutoutError(path, f'its name may mean band {" or ".join(m[0] for m in found)}', 'Give a dict: band -> file')
     if not found:
-        return None, stem
-    left, right = stem[:found[0].start()], stem[found[0].end():]
+        return None, text
+    left, right = text[:found[0].start()], text[found[0].end():]
     return found[0][0], (left[:-1] + right if left[-1:] in (*'-_.',) and right[:1] in (*'-_.',) else left + right).strip('-_.')
 
 # %% ../nbs/05_tiles.ipynb #834e6dca

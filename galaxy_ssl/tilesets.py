@@ -23,12 +23,13 @@ from tqdm.auto import tqdm
 from .catalogs import read_catalog
 from .core import CutoutError, as_ids
 from .cutouts import CutoutSet
+from .filenames import FITS_NAME, stem
 from .positions import grid_positions, random_positions
 from .quality import reject
 from .rows import Pixels
 from .sources import detect_sources
 from .surveys import BAND_WAVELENGTH, order_bands
-from .tiles import Tile, TileFiles, _band_of, _FITS, _numbered, as_frame, cut_tile, open_tile, sky_name, tile_files
+from .tiles import Tile, TileFiles, _band_of, _numbered, as_frame, cut_tile, open_tile, sky_name, tile_files
 
 # %% ../nbs/07_tilesets.ipynb #ab1fe008
 def find_tiles(
@@ -47,7 +48,7 @@ def _each_tile(tiles, bands):
         yield from tiles.items()
     elif isinstance(tiles, dict):
         first = Path(next(p for p in tiles.values() if p is not None))
-        yield _band_of(first, _FITS.sub('', first.name), [*tiles])[1] or first.parent.name, tiles
+        yield _band_of(first, stem(first), [*tiles])[1] or first.parent.name, tiles
     elif isinstance(tiles, pd.DataFrame):
         yield from _from_table(tiles, bands, 'table')
     elif isinstance(tiles, (list, tuple)):
@@ -61,13 +62,13 @@ def _from_path(path, bands):
     if path.suffix in ('.csv', '.parquet', '.ecsv'):
         table = pd.read_parquet(path) if path.suffix == '.parquet' else pd.read_csv(path, comment='#')
         yield from _from_table(table, bands, path)
-    elif path.is_dir() and not any(_FITS.search(p.name) for p in path.iterdir()):
-        for p in sorted(p for p in path.iterdir() if p.is_dir() and any(_FITS.search(q.name) for q in p.iterdir())):
+    elif path.is_dir() and not any(FITS_NAME.search(p.name) for p in path.iterdir()):
+        for p in sorted(p for p in path.iterdir() if p.is_dir() and any(FITS_NAME.search(q.name) for q in p.iterdir())):
             yield from _from_path(p, bands)
     elif path.is_dir() or '*' in path.name:
         yield from tile_files(path, bands).items()
     else:
-        yield _FITS.sub('', path.name), path
+        yield stem(path), path
 
 def _from_table(table, bands, where):
     "Tiles of a table: one row each, one column of paths per band, and perhaps a column `tile` with names."
