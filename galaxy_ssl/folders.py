@@ -20,10 +20,10 @@ from astropy.coordinates import SkyCoord
 from .core import CutoutError, as_ids
 from .cutouts import Cutout, CutoutSet, Pixels
 from .filenames import FITS_NAME, group_files, list_fits, stem
-from .fits import StoredImage, filter_band, fits_bands
+from .fits import StoredImage, filter_band, fits_bands, flux_images, images_beside, plane_names
 from .hdus import choose_image, walk_fits
 from .planes import BadRows, FluxRows, IvarRows, Part, best_noise
-from .roles import mask_bits, name_parts, psf_width, spell_bands
+from .roles import mask_bits, psf_width
 from .surveys import order_bands
 from .wcs import places_apart, shift_cards, sky_places, wcs_cards
 
@@ -38,17 +38,6 @@ class _Found:
     cards:object
     bits:int|None = None
 
-def _flux_hdus(hdus, hdu, path):
-    "The image that is meant, or one for each band; and the roles and bands that names tell of all images."
-    told = {h.index: name_parts(h.name, glued=False)[1:] for h in hdus if h.is_image}
-    own = [h for h in hdus if h.is_image and told[h.index][0] in (None, 'flux')] or [h for h in hdus if h.is_image]
-    names = [told[h.index][1] or filter_band(h.cards) for h in own]
-    if hdu is None and len(own) > 1 and all(names) and len(set(names)) == len(names):
-        spelt = spell_bands(names)
-        return {h.index: (spelt[b],) for h, b in zip(own, names)}, told
-    hint = hdus if hdu is not None or not own else [h for h in hdus if not h.is_image or h in own]
-    return {choose_image(hint, hdu, path).index: None}, told
-
 def _look(path, place, bands, hdu, forms):
     "All images of a file that matter, from its headers. `place` is what the file's name says: role and band."
     role, band = place
@@ -61,21 +50,18 @@ def _look(path, place, bands, hdu, forms):
             h = choose_image(hdus, None, path)
             add(role, band and (band,), h, tuple(range((1, *h.shape)[-3])))
             return found
-        flux, told = _flux_hdus(hdus, hdu, path)
-        spelt = spell_bands({b for _, b in told.values() if b})
+        flux, told = flux_images(hdus, hdu, path)
         for index, names in flux.items():
             h = hdus[index]
             n = (1, *h.shape)[-3]
             if names is None and band is not None:
                 names = _one_band(h.cards, n, band, path)
-            names, planes = fits_bands(h.cards, n, bands, path) if names is None else (names, [0])
+            cards = h.cards if bands or n > 1 or plane_names(h.cards, 1) else hdus[0].cards
+            names, planes = fits_bands(cards, n, bands, path) if names is None else (names, [0])
             if not band and len(flux) == 1 or not bands or set(names) <= set(bands):
                 add('flux', tuple(names), h, tuple(planes))
-        for index, (role, name) in told.items():
-            if role not in (None, 'flux', 'other') and index not in flux:
-                h = hdus[index]
-                names = name and (spelt[name],)
-                add(role, names, h, tuple(range((1, *h.shape)[-3])))
+        for index, (role, names) in images_beside(hdus, flux, told, path).items():
+            add(role, names, hdus[index], tuple(range((1, *hdus[index].shape)[-3])))
     if not any(f.role == 'flux' for f in found):
         have = ', '.join(n for names in flux.values() for n in names)
         raise CutoutError(path, f'wanted bands {", ".join(bands)}; found {have}', 'Change bands=')
@@ -135,8 +121,10 @@ def _parts(one, f, slots):
     names = f.names or one.bands
     planes = f.planes
     if f.role != 'flux':
-        cube = one.flux[0]
-        if f.names is None and len(one.flux) == 1 and len(planes) == cube.image.shape[0]:
+        cube, named = one.flux[0], plane_names(f.cards, len(planes))
+        if len(planes) > 1 and set(names) <= set(named):
+            planes = tuple(named.index(b) for b in names)
+        elif f.names is None and len(one.flux) == 1 and len(planes) == cube.image.shape[0]:
             planes = cube.planes
         elif len(planes) == 1:
             planes = planes*len(names)
@@ -217,6 +205,8 @@ def read_fits_folder(
     "Objects of FITS files; the pixels are read when asked for."
     bands = (bands,) if isinstance(bands, str) else bands and tuple(bands)
     named, deep = _objects_of(folder, pattern)
+    if isinstance(folder, (list, tuple)):
+        folder = folder[0] if len(folder) == 1 else f'{folder[0]} and {len(folder) - 1} more'
     bad, forms, objects = [], {}, []
     def refuse(one, e):
         if strict or len(named) == 1:

@@ -22,9 +22,9 @@ ROLES = {
     'ivar': 'IVAR INVVAR INVERSEVARIANCE',
     'var': 'VAR VARIANCE',
     'sigma': 'ERR ERROR SIGMA SIGMAIM STD STDDEV RMS UNCERT NOISE',
-    'weight': 'WHT WEIGHT WEIGHTS WT',
+    'weight': 'WHT WEIGHT WEIGHTS WT WGT WEI',
     'psf': 'PSF PSFIM PSFEX',
-    'other': 'SEG SEGIM SEGM SEGMAP SEGMENTATION MODEL RESIDUAL CON CTX EXP NEXP BKG BACKGROUND SKY DEPTH CHI2 AREA',
+    'other': 'SEG SEGIM SEGM SEGMAP SEGMENTATION MODEL RESIDUAL CON CTX EXP NEXP BKG BACKGROUND SKY DEPTH CHI2 AREA POISSON RNOISE FLAT',
 }
 _ROLE = {word: role for role, words in ROLES.items() for word in words.split()}
 _GLUED = re.compile(rf'(.*\d)({"|".join(w for w in sorted(_ROLE, key=len, reverse=True) if len(w) > 2)})', re.IGNORECASE)

@@ -72,5 +72,5 @@ def _blank(cs, useless):
         flux[useless[rows]] = np.nan
         return flux
     new = cs[:]
-    new.flux = Pixels(read, cs.shape)
+    new.flux = Pixels(read, cs.shape, blocks=cs.flux.blocks)
     return new

@@ -20,9 +20,9 @@ import numpy as np
 from astropy.io import fits
 from fastcore.basics import patch
 
-from .core import CutoutError
+from .core import CutoutError, check_file
 from .fits import Form, decode_image, image_form
-from .hdus import AGAIN, BLOCK, MAX_PIXELS, check_claim, check_sums, choose_image, open_bytes, product, sum32, sums, walk_fits
+from .hdus import AGAIN, BLOCK, MAX_PIXELS, check_claim, check_sums, choose_image, open_bytes, product, reading, sum32, sums, walk_fits
 
 # %% ../nbs/04_windows.ipynb #a5ff0a42
 def _find(path, hdu, max_pixels):
@@ -157,6 +157,14 @@ class Made(Windows):
         return out, 0, raw32(self.shape)
 
 # %% ../nbs/04_windows.ipynb #367135dc
+def _stamp(path):
+    "Size, time and number of a file, by which a change is noticed."
+    if not os.path.exists(path):
+        check_file(path)
+    with reading(path):
+        status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
 class FitsImage(Windows):
     "One image of a FITS file, read by windows."
 
@@ -166,7 +174,8 @@ class FitsImage(Windows):
         max_pixels:int=MAX_PIXELS,  # refuse an image that claims more
         scratch=None,               # folder for unpacked files; None = $TMPDIR or the system's
     ):
-        self.hdu, self.form, self.plain = _find(path, hdu, max_pixels)
+        self.wanted, self.stamp = (hdu, max_pixels), _stamp(path)
+        self.hdu, self.form, self.plain = _find(path, *self.wanted)
         self.scratch, self.checked = scratch, sums(self.hdu) is None
         super().__init__(path, (1, *self.form.shape)[-3:])
 
@@ -175,6 +184,11 @@ class FitsImage(Windows):
         return self.hdu.header
 
     def _make(self):
+        now = _stamp(self.path)
+        if now != self.stamp:
+            if _find(self.path, *self.wanted)[0].head != self.hdu.head:
+                raise CutoutError(self.path, 'is another image than when its header was read', 'Open it again')
+            self.stamp, self.checked = now, sums(self.hdu) is None
         if self.plain:
             f = SharedFile(open(self.path, 'rb', buffering=0))
             if not self.checked:
