@@ -1,4 +1,4 @@
-"""`galaxy_ssl train | embed | repack | demo`: the same functions as in a notebook, for scripts, queues and terminals.
+"""`galaxy_ssl demo | train | embed | repack | download`: the same functions as in a notebook, for scripts, queues and terminals.
 
 Docs: https://galaxy-ssl.github.io/galaxy_ssl/cli.html.md"""
 
@@ -49,7 +49,7 @@ class EmbedArgs:
     pool: str = 'mean'                    # mean, cls, max, central, attention
     batch_size: int = 256                 # objects at a time
     shard_size: int = 4096                # objects per shard while writing
-    precision: Literal['fp32', 'bf16'] = 'fp32'  # of the network
+    precision: Literal['fp32', 'bf16', 'auto'] = 'fp32'  # of the network; auto = bf16 where the processor has it
     device: str = 'auto'                  # auto, cpu, cuda
     weights: Literal['last', 'best'] = 'last'    # best = lowest validation loss
     max_bad: float = 0.01                 # stop above this fraction of objects without a valid pixel

@@ -147,10 +147,8 @@ def embed_cutouts(
         run.preprocess.to(world.device)
         try:
             job = dict(batch_size=batch_size, pool=pool, precision=resolve_precision(precision, world.device), device=world.device, tta=tta)
-            if progress and world.first:
-                print(f'Embedding on {describe(world.device, job["precision"], mixed=False)}.')
             if out is None:
-                with _bar(len(cs), progress and world.first) as bar:
+                with _bar(job, len(cs), progress and world.first) as bar:
                     X, good, spread = embed_rows(run, cs, **job, advance=bar.update)
                 _count_bad(len(cs), int((~good).sum()), max_bad)
                 return _table(run, cs, job, X, good, spread)
@@ -159,9 +157,11 @@ def embed_cutouts(
             run.method.cpu()
             run.preprocess.cpu()
 
-def _bar(n, shown, done=0):
-    "A progress bar in objects per second."
+def _bar(job, n, shown, done=0):
+    "A progress bar in objects per second, after a line that says which arithmetic runs."
     from tqdm.auto import tqdm
+    if shown:
+        print(f'Embedding on {describe(job["device"], job["precision"], mixed=False)}.')
     return tqdm(total=n, initial=done, desc='embed', unit='obj', unit_scale=True, disable=not shown)
 
 def _count_bad(n, bad, max_bad):
@@ -188,7 +188,7 @@ def _embed_to(out, run, cs, job, shard_size, max_bad, progress, world):
         done = sum(min(shard_size, len(cs) - starts[k]) for k in set(mine) - set(todo))
         n_mine = sum(min(shard_size, len(cs) - starts[k]) for k in mine)
         n_bad = 0
-        with _bar(n_mine, progress and world.first, done) as bar:
+        with _bar(job, n_mine, progress and world.first, done) as bar:
             for k in todo:
                 n_bad += _embed_shard(parts, k, run, cs[starts[k]:starts[k] + shard_size], job, info, bar)
                 _count_bad(len(cs), n_bad, max_bad)
