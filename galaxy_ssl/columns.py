@@ -39,7 +39,7 @@ def find_column(
             raise CutoutError(path, f'no column {wanted!r} for {what} among {list(columns)[:12]}', f'Name it with {what}=.{nearest(wanted, columns)}')
         return wanted
     low = {}
-    for c in columns:
+    for c in sorted(columns, key=lambda c: str(c) != str(c).lower()):  # 'ra' before 'RA'
         low.setdefault(str(c).lower(), c)
     return next((low[k] for k in known if k in low), None)
 
@@ -60,6 +60,8 @@ def to_degrees(
             numbers[written] = Angle([str(v).strip() for v in values[written]], unit='hourangle' if hours else 'deg').deg
         except ValueError as e:
             raise CutoutError(path, f'{values[written].iloc[0]!r} is no angle', 'Give degrees, or hh:mm:ss and dd:mm:ss', key=name) from e
+        if hours and numbers[~written].notna().any():
+            raise CutoutError(path, f'{values[~written & numbers.notna()].iloc[0]!r} among sexagesimal hours', 'Write all of them alike', key=name)
         return numbers.to_numpy()
     if unit is None:
         unit = next((u for word, u in (('hour', 'hourangle'), ('_rad', 'rad')) if word in name.lower()), 'deg')

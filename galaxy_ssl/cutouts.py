@@ -308,7 +308,7 @@ def _cards(self:CutoutSet):
     "Header cards of each object, made where it has none; None if its place on the sky is unknown."
     for header, place in zip(self.headers or [None]*len(self), self.meta[['ra', 'dec']].to_numpy().tolist()):
         if header is None and np.isfinite([*place, self.pixscale]).all():
-            header = ''.join(f'{k:<8}= {v!r:>20}'.ljust(80) for k, v in self._tan(*place).items())
+            header = ''.join(f'{k:<8}= {v!r:>20}'.upper().ljust(80) for k, v in self._tan(*place).items())
         yield header
 
 # %% ../nbs/02_cutouts.ipynb #1ebb18c5

@@ -133,11 +133,17 @@ def h5_facts(
     said = {str(k).lower(): v for k, v in [*h5.attrs.items(), *d.attrs.items()]}
     def first(*names):
         return next((said[k] for k in names if k in said), None)
-    text = {k: '' if first(k) is None else as_text(first(k)) for k in ('survey', 'unit')}
+    text = {k[0]: '' if first(*k) is None else as_text(first(*k)) for k in (('survey',), ('unit', 'units', 'bunit'))}
     stored = [h5[k][:] for k in BAND_KEYS if isinstance(h5.get(k), h5py.Dataset) and h5[k].ndim == 1 and len(h5[k]) in d.shape[1:]]
     names = next(iter(stored), None) if first(*BAND_KEYS) is None else first(*BAND_KEYS)
     scale = first('pixscale', 'pixel_scale', 'pxscale')
-    return {**text, 'pixscale': np.nan if scale is None else float(np.ravel(scale)[0]), 'bands': None if names is None else as_names(names)}
+    try:
+        scale = np.nan if scale is None else np.ravel(scale).astype(np.float64)
+    except ValueError as e:
+        raise CutoutError('pixel scale', f'{scale!r} is no number', 'Give arcsec per pixel') from e
+    if np.ptp(scale) > 1e-3*np.max(scale):
+        raise CutoutError('pixel scale', f'bands of different pixel scales: {scale.tolist()} arcsec', 'Bring them to one pixel grid first')
+    return {**text, 'pixscale': float(np.ravel(scale)[0]), 'bands': None if names is None else as_names(names)}
 
 def as_text(v):
     "A scalar of HDF5 as str."

@@ -56,7 +56,7 @@ _SKY = re.compile(r'(RA|DEC|.LON|.LAT|..LN|..LT)-')
 
 def _card(key, value):
     "A header card of 80 characters."
-    return f'{key:<8}= {value!r:>20}'.ljust(80)
+    return f'{key:<8}= {value!r:>20}'.upper().ljust(80)
 
 @lru_cache(maxsize=64)
 def _wcs_keys(keys):
