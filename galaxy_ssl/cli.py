@@ -1,4 +1,4 @@
-"""`galaxy_ssl train | embed | repack | demo`: the same functions as in a notebook, for scripts, queues and terminals.
+"""`galaxy_ssl demo | train | embed | download | repack`: the same functions as in a notebook, for scripts, queues and terminals.
 
 Docs: https://galaxy-ssl.github.io/galaxy_ssl/cli.html.md"""
 

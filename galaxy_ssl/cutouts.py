@@ -18,7 +18,7 @@ from astropy.io import fits
 from astropy.wcs import WCS, FITSFixedWarning
 from fastcore.basics import patch
 
-from .columns import stack_tables
+from .columns import ids_apart, stack_tables
 from .core import CutoutError, as_ids, nearest, resolve
 from .rows import MappedRows, Pixels, as_pixels, find_rows, join_rows
 from .surveys import order_bands
@@ -300,16 +300,24 @@ def fit(self:CutoutSet,
     odd = (h - size) % 2 or (w - size) % 2
     if odd or self.headers is not None:
         shift = resolve('galaxy_ssl.wcs:shift_cards')
-        new.headers = [cards and shift(cards, (h - size)//2, (w - size)//2) for cards in self._cards()]
+        y0, x0 = (h - size)//2, (w - size)//2
+        made = self._made_cards(y0, x0)
+        new.headers = list(made) if self.headers is None else [m if h is None else shift(h, y0, x0) for h, m in zip(self.headers, made)]
     return new
 
 @patch
-def _cards(self:CutoutSet):
-    "Header cards of each object, made where it has none; None if its place on the sky is unknown."
-    for header, place in zip(self.headers or [None]*len(self), self.meta[['ra', 'dec']].to_numpy().tolist()):
-        if header is None and np.isfinite([*place, self.pixscale]).all():
-            header = ''.join(f'{k:<8}= {v!r:>20}'.upper().ljust(80) for k, v in self._tan(*place).items())
-        yield header
+def _made_cards(self:CutoutSet, y0, x0):
+    "Header cards of each object as if it had none, once its first pixel is (y0, x0); None if its place on the sky is unknown."
+    tan = self._tan(0.0, 0.0)
+    tan.update(CRPIX1=tan['CRPIX1'] - x0, CRPIX2=tan['CRPIX2'] - y0)
+    same = ''.join(_card(k, v) for k, v in tan.items() if k[:5] != 'CRVAL')
+    known = np.isfinite(self.meta[['ra', 'dec']]).all(axis=1) & np.isfinite(self.pixscale)
+    for ra, dec, placed in zip(self.meta.ra.tolist(), self.meta.dec.tolist(), known.tolist()):
+        yield same + _card('CRVAL1', ra) + _card('CRVAL2', dec) if placed else None
+
+def _card(key, value):
+    "A header card of 80 characters."
+    return f'{key:<8}= {value!r:>20}'.upper().ljust(80)
 
 # %% ../nbs/02_cutouts.ipynb #1ebb18c5
 def concat(
@@ -334,7 +342,7 @@ def concat(
     headers = [h for s in sets for h in (s.headers or [None]*len(s))] if headed else None
     meta = stack_tables([s.meta for s in sets])
     if names is not None and meta.index.has_duplicates:
-        meta.index = _told_apart(meta.index, np.repeat(names, [len(s) for s in sets]))
+        meta.index = ids_apart(meta.index, np.repeat(names, [len(s) for s in sets]))
     out = CutoutSet(**parts, meta=meta, bands=first.bands, survey=first.survey, pixscale=first.pixscale,
                     unit=first.unit, psf_fwhm=np.concatenate([s.psf_fwhm for s in sets]) if whole else None, headers=headers)
     out.bad_files = pd.concat([s.bad_files for s in sets], ignore_index=True)
@@ -350,12 +358,6 @@ def _agree(sets, names):
             a, b = ([s.shape[2:] for s in (first, other)] if what == 'size' else [getattr(s, what) for s in (first, other)])
             if not (np.isclose(a, b, rtol=1e-3, equal_nan=True) if what == 'pixscale' else a == b):
                 raise CutoutError(name, f'{what} differ: {a} in {names[0]}, {b} in {name}', hint)
-
-def _told_apart(ids, names):
-    "Ids that occur in several parts, preceded by the name of their part."
-    twice = ids.duplicated(keep=False)
-    warnings.warn(f'{ids[twice].nunique()} ids occur in several files and are preceded by the name of the file, first: {names[twice][0]}:{ids[twice][0]}')
-    return pd.Index(np.where(twice, [f'{n}:{i}' for n, i in zip(names, ids)], ids), name='id', dtype=object)
 
 def _none_bad(shape, rows):
     "The mask of a set that came without one; travels to other processes."
