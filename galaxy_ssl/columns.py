@@ -85,6 +85,7 @@ def plain_column(
         return column.to_numpy(np.float64, na_value=np.nan)
     return np.array([None if g else str(v) for v, g in zip(column, gone)], dtype=object)
 
+# %% ../nbs/01_columns.ipynb #55b89c3b
 def ids_apart(
     ids:pd.Index,  # of the rows of several parts, one after the other
     names,         # part of each row
