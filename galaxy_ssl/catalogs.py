@@ -36,12 +36,14 @@ _NULLABLE = {pa.int64(): pd.Int64Dtype(), pa.uint64(): pd.UInt64Dtype()}
 
 def _read_csv(body, separator, id):
     "A text table; the columns that may be ids are read as text, and so are long whole numbers with gaps among them."
-    names = pd.read_csv(io.BytesIO(body), sep=separator, nrows=0, comment='#').columns
+    body = re.sub(rb'(?m)^#.*(\n|\Z)', b'', body)  # '#' elsewhere is part of a name
+    how = dict(sep=separator, skipinitialspace=True)
+    names = pd.read_csv(io.BytesIO(body), nrows=0, **how).columns
     text = {c: str for c in names if c == id or str(c).lower() in ID_NAMES}
-    rows = pd.read_csv(io.BytesIO(body), sep=separator, dtype=text, comment='#')
+    rows = pd.read_csv(io.BytesIO(body), dtype=text, **how)
     long = [c for c in rows if rows[c].dtype.kind == 'f' and rows[c].abs().max() > 2**53]
     if long:
-        written = pd.read_csv(io.BytesIO(body), sep=separator, dtype=str, comment='#', usecols=long)
+        written = pd.read_csv(io.BytesIO(body), dtype=str, usecols=long, **how)
         rows = rows.assign(**{c: written[c] for c in long if written[c].dropna().str.fullmatch(r'-?\d+').all()})
     return rows, {}
 
@@ -157,7 +159,8 @@ def rows_of_objects(
     if not isinstance(catalog, pd.DataFrame):
         rows = read_catalog(catalog)
     else:
-        named = 'id' in catalog or catalog.index.name is not None or isinstance(catalog.index, pd.RangeIndex)
+        counted = catalog.index.dtype.kind in 'iu' and find_column(catalog, ID_NAMES) is not None and not catalog.index.astype(str).isin(meta.index).any()
+        named = 'id' in catalog or catalog.index.name is not None or counted or isinstance(catalog.index, pd.RangeIndex)
         rows = _tidy(catalog if named else catalog.rename_axis('id'), 'catalog', {})
     if not rows.index.isin(meta.index).any():
         files = [Path(str(v)).stem for v in rows.get('file_loc', [])]

@@ -242,9 +242,12 @@ def as_ids(
 )->list:           # of str
     "Identifiers as unique, non-empty `str`; bytes are decoded, whole floats refused."
     values = values.to_numpy(dtype=object).tolist() if hasattr(values, 'to_numpy') else list(values)
-    if any(isinstance(v, (float, np.floating)) for v in values[:1000]):
+    if any(isinstance(v, (float, np.floating)) and v == v for v in values):
         raise CutoutError(name, 'ids are floating point numbers and may have lost digits', 'Read the id column as text')
     ids = [v.decode() if isinstance(v, bytes) else str(v) for v in values]
+    missing = [i for i, (v, text) in enumerate(zip(values, ids)) if v is None or text.strip() in ('', '<NA>') or (text == 'nan' and isinstance(v, float))]
+    if missing:
+        raise CutoutError(name, f'{len(missing)} of {len(ids)} ids are missing, the first in row {missing[0]}', 'Fill them in, or drop these rows')
     if len(set(ids)) < len(ids):
         seen = set()
         twice = [i for i in ids if i in seen or seen.add(i)]

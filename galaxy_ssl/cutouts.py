@@ -10,6 +10,7 @@ __all__ = ['LAYOUTS', 'Cutout', 'CutoutSet', 'open_cutouts', 'fit_pixels', 'conc
 # %% ../nbs/02_cutouts.ipynb #b18c458c
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from astropy.io import fits
 from astropy.wcs import WCS, FITSFixedWarning
 from fastcore.basics import patch
 
+from .columns import ids_apart, stack_tables
 from .core import CutoutError, as_ids, nearest, resolve
 from .rows import MappedRows, Pixels, as_pixels, find_rows, join_rows
 from .surveys import order_bands
@@ -130,6 +132,8 @@ def _meta(meta, n):
 def __getitem__(self:CutoutSet, key):
     if isinstance(key, (int, np.integer)):
         return self._cutout(int(key))
+    if isinstance(key, str):
+        return self._cutout(int(find_rows(self.meta.index, [key])[0]))
     rows = find_rows(self.meta.index, key)
     if len(rows) == 0:
         raise CutoutError('CutoutSet', 'the selection is empty', 'Loosen the selection')
@@ -184,14 +188,18 @@ def wcs(self:CutoutSet,
     ra, dec = self.meta.ra.iloc[i], self.meta.dec.iloc[i]
     if not np.isfinite([ra, dec, self.pixscale]).all():
         raise CutoutError(self.meta.index[i], 'no WCS: its position or pixel scale is unknown', 'Give ra, dec and pixscale')
-    h, w = self.shape[2:]
     wcs = WCS(naxis=2)
-    wcs.wcs.ctype = ['RA---TAN', 'DEC--TAN']
-    wcs.wcs.crval = [ra, dec]
-    wcs.wcs.crpix = [(w + 1)/2, (h + 1)/2]
-    up = -1 if self.unit == 'display' else 1
-    wcs.wcs.cdelt = [-self.pixscale/3600, up*self.pixscale/3600]
+    found = self._tan(ra, dec)
+    wcs.wcs.ctype, wcs.wcs.crval, wcs.wcs.crpix, wcs.wcs.cdelt = ([found[f'{k}{axis}'] for axis in (1, 2)] for k in ('CTYPE', 'CRVAL', 'CRPIX', 'CDELT'))
     return wcs
+
+@patch
+def _tan(self:CutoutSet, ra, dec):
+    "Header values of a cutout without a header of its own: north up, centred on the object."
+    h, w = self.shape[2:]
+    up = -1 if self.unit == 'display' else 1
+    return {'CTYPE1': 'RA---TAN', 'CTYPE2': 'DEC--TAN', 'CRVAL1': ra, 'CRVAL2': dec, 'CRPIX1': (w + 1)/2, 'CRPIX2': (h + 1)/2,
+            'CDELT1': -self.pixscale/3600, 'CDELT2': up*self.pixscale/3600}
 
 # %% ../nbs/02_cutouts.ipynb #887c1def
 @patch
@@ -291,19 +299,25 @@ def fit(self:CutoutSet,
             setattr(new, name, Pixels(_Fitted(old, size, fill), (*self.shape[:2], size, size), old.dtype, blocks=old.blocks))
     odd = (h - size) % 2 or (w - size) % 2
     if odd or self.headers is not None:
-        new.headers = [self._shifted(i, (h - size)//2, (w - size)//2) for i in range(len(self))]
+        shift = resolve('galaxy_ssl.wcs:shift_cards')
+        y0, x0 = (h - size)//2, (w - size)//2
+        made = self._made_cards(y0, x0)
+        new.headers = list(made) if self.headers is None else [m if h is None else shift(h, y0, x0) for h, m in zip(self.headers, made)]
     return new
 
 @patch
-def _shifted(self:CutoutSet, i, y0, x0):
-    "Header cards of object `i` once its first pixel is (y0, x0); None if its place on the sky is unknown."
-    header = None if self.headers is None else self.headers[i]
-    if header is None and not np.isfinite([self.meta.ra.iloc[i], self.meta.dec.iloc[i], self.pixscale]).all():
-        return None
-    header = self.wcs(i).to_header() if header is None else fits.Header.fromstring(header)
-    header['CRPIX1'] -= x0
-    header['CRPIX2'] -= y0
-    return header.tostring()
+def _made_cards(self:CutoutSet, y0, x0):
+    "Header cards of each object as if it had none, once its first pixel is (y0, x0); None if its place on the sky is unknown."
+    tan = self._tan(0.0, 0.0)
+    tan.update(CRPIX1=tan['CRPIX1'] - x0, CRPIX2=tan['CRPIX2'] - y0)
+    same = ''.join(_card(k, v) for k, v in tan.items() if k[:5] != 'CRVAL')
+    known = np.isfinite(self.meta[['ra', 'dec']]).all(axis=1) & np.isfinite(self.pixscale)
+    for ra, dec, placed in zip(self.meta.ra.tolist(), self.meta.dec.tolist(), known.tolist()):
+        yield same + _card('CRVAL1', ra) + _card('CRVAL2', dec) if placed else None
+
+def _card(key, value):
+    "A header card of 80 characters."
+    return f'{key:<8}= {value!r:>20}'.upper().ljust(80)
 
 # %% ../nbs/02_cutouts.ipynb #1ebb18c5
 def concat(
@@ -322,13 +336,13 @@ def concat(
             warnings.warn(f'{name} is known for {have} of {len(sets)} parts and left out')
     parts = {k: join_rows([getattr(s, k) for s in sets]) for k in ('flux', 'ivar') if all(getattr(s, k) is not None for s in sets)}
     if any(s.bad is not None for s in sets):
-        parts['bad'] = join_rows([_no_bad(s) if s.bad is None else s.bad for s in sets])
+        parts['bad'] = join_rows([Pixels(partial(_none_bad, s.shape[1:]), s.shape, bool) if s.bad is None else s.bad for s in sets])
     whole = all(s.psf_fwhm is not None for s in sets)
     headed = any(s.headers is not None for s in sets)
     headers = [h for s in sets for h in (s.headers or [None]*len(s))] if headed else None
-    meta = pd.concat([s.meta for s in sets])
+    meta = stack_tables([s.meta for s in sets])
     if names is not None and meta.index.has_duplicates:
-        meta.index = _told_apart(meta.index, np.repeat(names, [len(s) for s in sets]))
+        meta.index = ids_apart(meta.index, np.repeat(names, [len(s) for s in sets]))
     out = CutoutSet(**parts, meta=meta, bands=first.bands, survey=first.survey, pixscale=first.pixscale,
                     unit=first.unit, psf_fwhm=np.concatenate([s.psf_fwhm for s in sets]) if whole else None, headers=headers)
     out.bad_files = pd.concat([s.bad_files for s in sets], ignore_index=True)
@@ -345,15 +359,9 @@ def _agree(sets, names):
             if not (np.isclose(a, b, rtol=1e-3, equal_nan=True) if what == 'pixscale' else a == b):
                 raise CutoutError(name, f'{what} differ: {a} in {names[0]}, {b} in {name}', hint)
 
-def _told_apart(ids, names):
-    "Ids that occur in several parts, preceded by the name of their part."
-    twice = ids.duplicated(keep=False)
-    warnings.warn(f'{ids[twice].nunique()} ids occur in several files and are preceded by the name of the file, first: {names[twice][0]}:{ids[twice][0]}')
-    return pd.Index(np.where(twice, [f'{n}:{i}' for n, i in zip(names, ids)], ids), name='id', dtype=object)
-
-def _no_bad(cs):
-    "The mask of a set that came without one."
-    return Pixels(lambda rows: np.zeros((len(rows), *cs.shape[1:]), bool), cs.shape, bool)
+def _none_bad(shape, rows):
+    "The mask of a set that came without one; travels to other processes."
+    return np.zeros((len(rows), *shape), bool)
 
 # %% ../nbs/02_cutouts.ipynb #25eb0e91
 @patch

@@ -9,31 +9,28 @@ __all__ = ['GALAXY10_DECALS', 'GALAXY10_SDSS', 'GALAXY_MNIST', 'open_jpeg_bytes'
 
 # %% ../nbs/04_layouts.ipynb #220d7caa
 import io
+import re
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from .core import CutoutError, open_h5
-from .cutouts import CutoutSet, Pixels
-from .stored import RGB, DecodedRows, check_stored, h5_catalog, h5_facts, h5_pixels, is_h5, name_bands
+from .cutouts import CutoutSet, MappedRows, Pixels
+from .stored import RGB, TOO_LARGE, DecodedRows, h5_catalog, h5_facts, h5_pixels, h5_rows, is_h5, name_bands
 
 # %% ../nbs/04_layouts.ipynb #bb0267b6
 class _JpegBytes:
-    "Decodes one image of a long array of bytes."
+    "Decodes one image of a long array of bytes, which stays on disk."
 
-    def __init__(self, path, key, offsets):
-        self.path, self.key, self.offsets, self._bytes = path, key, np.asarray(offsets, dtype=np.int64), None
-
-    def __getstate__(self):
-        return {**self.__dict__, '_bytes': None}
+    def __init__(self, path, d, offsets):
+        self.path, self.key, self.offsets = path, d.name.lstrip('/'), np.asarray(offsets, dtype=np.int64)
+        self.read = h5_rows(path, d)[0]
+        self.held = 0 if isinstance(self.read, MappedRows) else d.nbytes  # bytes that reading may keep in memory
 
     def __call__(self, row):
         from PIL import Image, UnidentifiedImageError
-        if self._bytes is None:
-            with open_h5(self.path) as h5:
-                self._bytes = h5[self.key][:]
-        blob = self._bytes[self.offsets[row]:self.offsets[row + 1]].tobytes()
+        blob = self.read(np.arange(self.offsets[row], self.offsets[row + 1])).tobytes()
         try:
             image = np.asarray(Image.open(io.BytesIO(blob)).convert('RGB'))
         except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as e:
@@ -57,11 +54,10 @@ def open_jpeg_bytes(
         n = len(offsets) - 1
         if n < 1 or (np.diff(offsets) <= 0).any() or offsets[-1] > h5['jpeg_bytes'].shape[0]:
             raise CutoutError(path, f'offsets do not cut {h5["jpeg_bytes"].shape[0]:,} bytes into {n} images', 'Write the file again', key='offsets')
-        check_stored(path, h5['jpeg_bytes'])
+        decode = _JpegBytes(path, h5['jpeg_bytes'], offsets)
         meta = h5_catalog(path, h5, n, skip=('jpeg_bytes', 'offsets'))
         survey = str(h5.attrs.get('survey', ''))
-    decode = _JpegBytes(path, 'jpeg_bytes', offsets)
-    read = DecodedRows(decode, n, decode(0).shape, size)
+    read = DecodedRows(decode, n, decode(0).shape, size, keep=TOO_LARGE - decode.held)
     return CutoutSet(Pixels(read, (n, *read.shape)), meta, RGB, survey=survey, unit='display')
 
 # %% ../nbs/04_layouts.ipynb #abedefa1
@@ -100,23 +96,25 @@ def open_rgb_stack(
     if not is_h5(path):
         return None
     with open_h5(path) as h5:
-        key, d = _stack(h5, 'u1')
-        if d is None or 3 not in (d.shape[1], d.shape[-1]):
+        key, d = _stack(h5, small=True)
+        if d is None or 3 not in (d.shape[1], d.shape[-1]) or _stack(h5)[0] is not None:
+            return None
+        told = h5_facts(h5, d)
+        if told['bands'] is not None and ''.join(told['bands']).upper() not in ('RGB', 'REDGREENBLUE'):
             return None
         flux = h5_pixels(path, d, last=d.shape[-1] == 3)
         meta = _spell_labels(path, h5_catalog(path, h5, len(d), skip=(key,)), flux.shape[-1])
-        told = h5_facts(h5, d)
     scale = meta.get('pxscale', [np.nan])
     same = np.ptp(scale) < 1e-6
     return CutoutSet(flux, meta, RGB, survey=told['survey'], unit='display', pixscale=told['pixscale'] if not same else scale[0])
 
 _STACKS = ('cutouts', 'images', 'image', 'flux')
 
-def _stack(h5, kinds):
-    "Name and dataset of the stack of images in a file, or two None."
+def _stack(h5, small=False):
+    "Name and dataset of the stack of images in a file, of 8-bit ones if `small`; or two None."
     for key in _STACKS:
         d = h5.get(key)
-        if isinstance(d, h5py.Dataset) and d.ndim == 4 and (d.dtype == np.uint8 if kinds == 'u1' else d.dtype != np.uint8 and d.dtype.kind in kinds):
+        if isinstance(d, h5py.Dataset) and d.ndim == 4 and d.dtype.kind in 'fiu' and (d.dtype == np.uint8) == small:
             return key, d
     return None, None
 
@@ -133,15 +131,17 @@ def open_flux_stack(
     if not is_h5(path):
         return None
     with open_h5(path) as h5:
-        key, d = _stack(h5, 'fiu')
+        key, d = _stack(h5)
+        key, d = _stack(h5, small=True) if d is None else (key, d)
         if d is None:
             return None
         last = d.shape[-1] <= 12 < d.shape[1]
         flux = h5_pixels(path, d, last)
         facts = h5_facts(h5, d)
-        legacy = key == 'images' and flux.shape[1:] == (3, 152, 152) and {'ra', 'dec'} <= set(h5) and d.dtype.kind == 'f'
+        silent = facts['bands'] is None and not facts['survey']
+        legacy = silent and key == 'images' and flux.shape[1:] == (3, 152, 152) and {'ra', 'dec'} <= set(h5) and d.dtype.kind == 'f'
         if legacy:
-            region = 'north' if 'north' in str(path) else 'south'
+            region = 'north' if re.search('(?<![a-z])north(?![a-z])', f'{Path(path).parent.name}/{Path(path).name}'.lower()) else 'south'
             facts = {'survey': f'legacy-dr9-{region}', 'unit': 'nanomaggy', 'pixscale': 0.262, 'bands': ['g', 'r', 'z']}
         names = name_bands(path, flux.shape[1], facts.pop('bands'), bands)
         extra = {k: h5_pixels(path, h5[k], last, bool if k == 'bad' else np.float32) for k in ('bad', 'ivar') if k in h5}
@@ -151,10 +151,10 @@ def open_flux_stack(
     return CutoutSet(flux, meta, names, **{**facts, 'unit': facts['unit'] or 'unknown'}, **extra)
 
 def _spell_classes(meta):
-    "Columns with the classes 0, 1, 2 as galaxy, qso, star, unless the file names them."
+    "Columns with the classes 0, 1, 2 beside redshifts as galaxy, qso, star, unless the file names them."
     if 'class name' in meta:
         return {**{k: v for k, v in meta.items() if k != 'class name'}, 'class': meta['class name']}
     number = np.asarray(meta.get('class', ['']))
-    if number.dtype.kind not in 'fiu' or not np.isin(number[np.isfinite(number)], (0, 1, 2)).all():
+    if 'z_spec' not in meta or number.dtype.kind not in 'fiu' or not np.isin(number[np.isfinite(number)], (0, 1, 2)).all():
         return meta
     return {**meta, 'class': np.array([_CLASSES[int(c)] if np.isfinite(c) else None for c in number], dtype=object)}

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 import pandas as pd
 
+from .columns import plain_column
 from .core import CutoutError, atomic_write, open_h5
 from .cutouts import CutoutSet
 from .store import claim_space, reserve, stored_pixels, write_rows
@@ -50,13 +51,29 @@ def _skeleton(cs, path, blocks):
         _write_text(h5, 'meta/id', cs.ids)
         h5.attrs['columns'] = json.dumps([str(c) for c in cs.meta.columns])
         for name, column in cs.meta.items():
-            if column.dtype.kind in 'fiub':
-                h5[f'meta/{name}'] = column.to_numpy()
-            else:
+            values = _numbers(path, column)
+            if values is None:
                 _write_text(h5, f'meta/{name}', ['' if pd.isna(v) else str(v) for v in column])
+            else:
+                h5[f'meta/{name}'] = values
         if cs.headers is not None:
             _write_text(h5, 'headers', [h or '' for h in cs.headers])
         return reserve(h5, cs.shape, blocks)
+
+def _numbers(path, column):
+    "A column of numbers, truth values or vectors as an array, with NaN where one is missing; None if it is text."
+    values = plain_column(column)
+    if values.dtype.kind in 'fiub':
+        return values
+    shapes = {np.shape(v) for v in values} - {()}
+    if len(shapes) > 1:
+        raise CutoutError(path, f'vectors of several lengths: {sorted(shapes)}', 'Drop this column, or make one of each value', key=column.name)
+    if shapes:
+        gap = np.full(*shapes, np.nan)
+        return np.stack([v if np.ndim(v) else gap for v in values])
+    if pd.api.types.infer_dtype(values, skipna=True) in ('boolean', 'floating', 'mixed-integer-float', 'integer'):
+        numbers = np.where(pd.isna(values), np.nan, values).astype(np.float64)
+        return numbers if np.nanmax(np.abs(numbers)) <= 2**53 else None
 
 def _write_text(h5, name, values):
     h5.create_dataset(name, data=np.array(values, dtype=object), dtype=h5py.string_dtype())
@@ -81,7 +98,7 @@ def open_native(
         meta = {'id': h5['meta/id'].asstr()[:]}
         for name in json.loads(h5.attrs['columns']):
             column = h5[f'meta/{name}']
-            meta[name] = _read_text(column) if h5py.check_string_dtype(column.dtype) else column[:]
+            meta[name] = _read_text(column) if h5py.check_string_dtype(column.dtype) else column[:] if column.ndim == 1 else list(column[:])
         headers = [h or None for h in h5['headers'].asstr()[:]] if 'headers' in h5 else None
         return CutoutSet(**pixels, meta=meta, bands=json.loads(h5.attrs['bands']), survey=h5.attrs['survey'],
                          pixscale=h5.attrs['pixscale'], unit=h5.attrs['unit'], headers=headers,

@@ -8,6 +8,7 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/opening.html.md"""
 __all__ = ['open_found']
 
 # %% ../nbs/03_opening.ipynb #e47d73ea
+import re
 import warnings
 from contextlib import contextmanager
 from glob import glob
@@ -18,10 +19,12 @@ import pandas as pd
 
 from .core import CutoutError, open_h5, resolve
 from .cutouts import LAYOUTS, CutoutSet, concat
+from .roles import name_parts
 
 # %% ../nbs/03_opening.ipynb #e85aece2
 _LISTED = ('fits', 'pictures')  # layouts of one object per file: their openers also take a list of files
 _PARTS = ('*.h5', '*.hdf5', '*.hdf'), ('*.npz',), ('*.npy',)   # files of many objects, in the order in which a folder is searched
+_ROLES = {'bad': 'a mask', 'ivar': 'an inverse variance', 'var': 'a variance', 'sigma': 'a noise image', 'weight': 'a weight', 'psf': 'a PSF'}
 _DEEPER = ('*/*.h5', '*/*.hdf5', '*/*.hdf'), ('*.parquet',), ('*/*.parquet',)  # searched where the folder itself holds no cutouts
 
 def _open_one(path, layout, bands, size, strict):
@@ -82,6 +85,7 @@ def _open_many(paths, layout, bands, size, strict):
     sets, bad = {}, []
     for p in paths:
         try:
+            _check_role(p)
             sets[p] = _open_one(p, layout, bands, size, strict)
         except CutoutError as e:
             if strict or len(paths) == 1:
@@ -94,6 +98,12 @@ def _open_many(paths, layout, bands, size, strict):
         cs.bad_files = pd.concat([cs.bad_files, pd.DataFrame(bad)], ignore_index=True)
         warnings.warn(f'{len(bad)} of {len(paths)} files cannot be read and are left out; see bad_files. The first: {bad[0]["reason"]}')
     return cs
+
+def _check_role(path):
+    "Raise if an array among others is, by its name, not pixels of objects but about those of another array."
+    role = name_parts(re.sub(r's(?=[_\-. ]|$)', '', path.stem))[1] if path.suffix == '.npy' else None
+    if role in _ROLES:
+        raise CutoutError(path, f'is {_ROLES[role]} by its name, not pixels', 'Save it beside its pixels: np.savez(path, images=..., bad=..., ivar=...)')
 
 def _short_names(paths):
     "File names without suffix; with the folder, or the whole path, where that is needed to tell them apart."

@@ -22,10 +22,11 @@ from .stored import RGB, DecodedRows
 # %% ../nbs/04_pictures.ipynb #f358809c
 _SUFFIX = re.compile(r'\.(png|jpe?g|tiff?)$', re.IGNORECASE)
 _MODES = {'RGB': 3, 'RGBA': 3, 'P': 3, 'CMYK': 3, 'YCbCr': 3, 'L': 1, 'LA': 1, 'I;16': 1, 'I;16B': 1, 'I;16L': 1, 'I': 1, 'F': 1}
+_BITS = {'I;16': 16, 'I;16B': 16, 'I;16L': 16, 'I': 32, 'F': 32}  # of the others: 8
 _ENDS = {'JPEG': (b'\xff\xd9', 4096), 'PNG': (b'IEND', 64)}
 
 def _look(path):
-    "Bands and size of a picture, from its header."
+    "Bands, size and bits of a picture, from its header."
     from PIL import Image
     check_file(path)
     try:
@@ -40,7 +41,7 @@ def _look(path):
     if mode not in _MODES:
         raise CutoutError(path, f'a picture of mode {mode}', 'Save it as RGB or grey')
     _check_end(path, kind)
-    return _MODES[mode], h, w
+    return _MODES[mode], h, w, _BITS.get(mode, 8)
 
 def _check_end(path, kind):
     "Raise if a JPEG or PNG lacks its end, or is a PNG of 16-bit colours."
@@ -104,7 +105,7 @@ def open_pictures(
             bad.append({'path': str(p), 'reason': str(e)})
     if not seen:
         raise CutoutError(path if len(paths) > 1 else paths[0], f'none of {len(paths)} pictures can be read', f'The first: {bad[0]["reason"]}')
-    n_bands, h, w = _one_kind(seen, size)
+    n_bands, h, w, _ = _one_kind(seen, size)
     paths = list(seen)
     deep = len({p.parent for p in paths}) > 1
     ids = [p.stem for p in paths]
@@ -120,12 +121,12 @@ def open_pictures(
     return cs
 
 def _one_kind(seen, size):
-    "Bands and size that all pictures share."
+    "Bands, size and bits that all pictures share."
     kinds = list(seen.values())
     first = max(set(kinds), key=kinds.count)
     for p, kind in seen.items():
-        if kind[0] != first[0] or kind != first and size is None:
+        if kind[::3] != first[::3] or kind != first and size is None:
             like = next(q for q, k in seen.items() if k == first)
-            raise CutoutError(p, f'{kind[0]} bands, {kind[1]}x{kind[2]} px, but {like.name} has {first[0]} bands, {first[1]}x{first[2]} px',
-                              'Open them apart' if kind[0] != first[0] else 'Give size= to cut or pad them alike')
+            raise CutoutError(p, f'{kind[0]} bands of {kind[3]} bits, {kind[1]}x{kind[2]} px, but {like.name} has {first[0]} of {first[3]} bits, {first[1]}x{first[2]} px',
+                              'Open them apart' if kind[::3] != first[::3] else 'Give size= to cut or pad them alike')
     return first

@@ -56,7 +56,7 @@ def repack(
     want = {'fingerprint': _fingerprint(cs, dtype, shard), 'n': len(cs), 'shard': shard, 'dtype': str(np.dtype(dtype)), 'bands': list(cs.bands)}
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         _same_work(dst, want)
-        return open_cutouts(dst)
+        return _whole(dst, want)
     work = dst.parent/f'.{dst.name}.part'
     with run_lock(work):
         if (work/'repack.json').exists():
@@ -70,7 +70,7 @@ def repack(
                 cs.bad_files.to_csv(tmp, index=False)
         (work/'.lock').unlink()
         os.replace(work, dst)
-    return open_cutouts(dst)
+    return _whole(dst, want)
 
 # %% ../nbs/04_repack.ipynb #e52e2d38
 def _source(src, bands, opening):
@@ -80,6 +80,13 @@ def _source(src, bands, opening):
     if opening:
         raise CutoutError('repack', f'{", ".join(opening)} given with a set that is already open', 'Give them to open_cutouts')
     return src if bands is None else src.select(bands)
+
+def _whole(folder, want):
+    "The written set, with none of its files lost."
+    cs = open_cutouts(folder, strict=True)
+    if len(cs) != want['n']:
+        raise CutoutError(folder, f'{len(cs):,} of {want["n"]:,} cutouts are there', 'Files are lost: remove this folder, and repack again')
+    return cs
 
 def _same_work(folder, want):
     "Raise if a folder was made from something else."
@@ -97,7 +104,7 @@ def _write_shards(cs, folder, dtype, shard, progress):
     "Write the shards that are not there yet."
     digits = max(5, len(str(len(cs)//shard)))
     parts = {folder/f'cutouts-{k:0{digits}d}.h5': slice(a, min(a + shard, len(cs))) for k, a in enumerate(range(0, len(cs), shard))}
-    done = {p for p, rows in parts.items() if _written(p, cs.ids[rows])}
+    done = {p for p, rows in parts.items() if _written(p, cs[rows], dtype)}
     row_bytes = int(np.prod(cs.shape[1:]))*sum({'flux': np.dtype(dtype).itemsize, 'bad': 1, 'ivar': 4}[k] for k in ('flux', 'bad', 'ivar') if getattr(cs, k) is not None)
     need = sum(rows.stop - rows.start for p, rows in parts.items() if p not in done)*row_bytes
     free = shutil.disk_usage(folder).free
@@ -110,11 +117,12 @@ def _write_shards(cs, folder, dtype, shard, progress):
                 write_native(cs[rows], p, dtype)
                 bar.update(rows.stop - rows.start)
 
-def _written(path, ids):
-    "Whether a shard is there, whole, and holds these objects."
+def _written(path, part, dtype):
+    "Whether a shard is there, whole, and holds these objects and, in three rows, their pixels."
     if not path.exists():
         return False
     try:
-        return open_native(path).ids == ids
+        have, rows = open_native(path), np.unique([0, len(part)//2, len(part) - 1])
+        return have.ids == part.ids and np.array_equal(have.flux[rows], part.flux[rows].astype(dtype).astype(np.float32), equal_nan=True)
     except (CutoutError, OSError):
         return False

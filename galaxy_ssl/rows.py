@@ -337,6 +337,8 @@ def find_rows(
     "The rows that `key` means."
     if isinstance(key, slice):
         return np.arange(len(ids))[key]
+    if isinstance(key, pd.Series) and key.dtype == bool and key.index.dtype.kind == 'O':
+        key = _align_mask(ids, key)
     key = list(key) if not isinstance(key, (np.ndarray, pd.Series, pd.Index)) else np.asarray(key)
     if len(key) and isinstance(key[0], str):
         found = ids.get_indexer(list(key))
@@ -348,6 +350,13 @@ def find_rows(
     if key.dtype == bool and len(key) != len(ids):
         raise CutoutError('CutoutSet', f'a mask of {len(key)} for {len(ids)} objects', 'Make it as long as the set')
     return np.arange(len(ids))[key if len(key) else key.astype(int)]
+
+def _align_mask(ids, mask):
+    "A mask indexed by id, in the order of the ids."
+    lonely = ids[~ids.isin(mask.index)]
+    if len(lonely):
+        raise CutoutError('CutoutSet', f'a mask that says nothing of {len(lonely)} of {len(ids)} objects, first: {lonely[:3].tolist()}', 'Give a list of ids')
+    return mask if mask.index.equals(ids) else mask[~mask.index.duplicated()].reindex(ids)
 
 # %% ../nbs/01_rows.ipynb #e19d16b2
 def catalog_rows(

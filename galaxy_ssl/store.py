@@ -60,8 +60,8 @@ def write_rows(
             f.write(y.data)
 
 def _spoilt(x, y):
-    "Whether storing `x` as the half-precision `y` overflows, or rounds most pixels towards zero."
-    return (np.isfinite(x) & ~np.isfinite(y)).any() or ((x != 0) & (np.abs(y) < 6.1e-5)).mean() > 0.5
+    "Whether storing `x` as the half-precision `y` overflows, or rounds most pixels of a band towards zero."
+    return (np.isfinite(x) & ~np.isfinite(y)).any() or ((x != 0) & (np.abs(y) < 6.1e-5)).mean((0, *range(2, x.ndim))).max() > 0.5
 
 # %% ../nbs/02_store.ipynb #06cd8727
 def stored_pixels(

@@ -9,6 +9,8 @@ __all__ = ['UNIT_NAMES', 'COUNTS', 'flux_to_mag', 'read_unit', 'unit_jansky', 'S
            'convert_unit', 'as_quantity', 'linear_ps1']
 
 # %% ../nbs/02_units.ipynb #641729ba
+import warnings
+
 import numpy as np
 from astropy import units as u
 
@@ -134,6 +136,8 @@ def convert_unit(
     reach = np.log10(factor)*(1 if cs.ivar is None else 2)
     if np.abs(reach).max() > 30:
         raise CutoutError('to', f'in {to!r} the pixels would be 10^{np.log10(factor).max():.0f} of what they are, beyond single precision', 'Choose a unit nearer to theirs')
+    if read_unit(to) is None and _zero_points(cs, to_zero_point, cs.survey) != _zero_points(cs, None, cs.survey):
+        warnings.warn(f'these counts are not those of survey {cs.survey!r}: give zero_point={to_zero_point} whenever they are converted again')
     new = cs[:]
     new.flux = scale_rows(cs.flux, factor)
     new.ivar = None if cs.ivar is None else scale_rows(cs.ivar, factor**-2)

@@ -56,7 +56,7 @@ _SKY = re.compile(r'(RA|DEC|.LON|.LAT|..LN|..LT)-')
 
 def _card(key, value):
     "A header card of 80 characters."
-    return f'{key:<8}= {value!r:>20}'.ljust(80)
+    return f'{key:<8}= {value!r:>20}'.upper().ljust(80)
 
 @lru_cache(maxsize=64)
 def _wcs_keys(keys):
@@ -89,7 +89,7 @@ def shift_cards(
 )->str:
     "WCS cards of a part of the image."
     head = Cards(cards.encode())
-    kept = ''.join(cards[i:i + 80] for i in range(0, len(cards), 80) if cards[i:i + 8] not in ('CRPIX1  ', 'CRPIX2  '))
+    kept = ''.join(cards[i:i + 80] for i in range(0, len(cards), 80) if cards[i:i + 8].rstrip() not in ('CRPIX1', 'CRPIX2', 'END', ''))
     return kept + _card('CRPIX1', float(head.get('CRPIX1', 0.0) - x0)) + _card('CRPIX2', float(head.get('CRPIX2', 0.0) - y0))
 
 # %% ../nbs/02_wcs.ipynb #e07faad4
