@@ -8,7 +8,6 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/config.html.md"""
 __all__ = ['TrainConfig', 'make_config', 'read_toml', 'check_config', 'parse_args']
 
 # %% ../nbs/29_config.ipynb #5a8b9c20
-import json
 import tomllib
 from dataclasses import dataclass, fields
 from dataclasses import field as dataclass_field
@@ -20,6 +19,7 @@ import tyro
 from .augment import AugmentConfig
 from .core import CutoutError, nearest
 from .methods import check_settings
+from .stretch import plain_value
 
 # %% ../nbs/29_config.ipynb #fcf308c1
 @dataclass
@@ -127,16 +127,9 @@ def parse_args(
                 raise CutoutError('--set', f'{" ".join(words[:1])!r} is not name=value', 'Write e.g. --set mask_ratio=0.6 patch=4')
             while words and '=' in words[0] and not words[0].startswith('-'):
                 key, _, text = words.pop(0).partition('=')
-                settings[key] = _parse_value(text)
+                settings[key] = plain_value(text)
         else:
             flags.append(word)
     default = make_config(values, 'config file')
     default.settings = {**default.settings, **settings}
     return tyro.cli(TrainConfig, prog='galaxy_ssl train', args=flags, default=default)
-
-def _parse_value(text):
-    "A number, true/false, a list, or the text itself."
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text

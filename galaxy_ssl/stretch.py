@@ -6,7 +6,7 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/stretch.html.md"""
 
 # %% auto #0
 __all__ = ['STRETCHES', 'spread', 'sky_stats', 'Stretch', 'slabs', 'new_pixels', 'finite', 'all_finite', 'AsinhStretch',
-           'LogStretch', 'LinearStretch', 'make_stretch', 'default_stretch']
+           'LogStretch', 'LinearStretch', 'plain_value', 'make_stretch', 'default_stretch']
 
 # %% ../nbs/11_stretch.ipynb #608c69f8
 import inspect
@@ -275,10 +275,12 @@ STRETCHES = {
     'minmax': 'galaxy_ssl.looks:MinMaxStretch',
 }
 
-def _value(text):
-    "A number, true, a list, or the text itself."
+def plain_value(
+    text:str, # as typed
+):
+    "A number, true or false, a list, or the text itself."
     try:
-        return json.loads(text)
+        return json.loads(re.sub(r'^(-?)\.(?=\d)', r'\g<1>0.', text))
     except json.JSONDecodeError:
         return text
 
@@ -290,7 +292,7 @@ def make_stretch(
     name, _, text = str(name).partition(':')
     if name not in STRETCHES:
         raise CutoutError('stretch', f'unknown stretch {name!r}', f'Known: {", ".join(STRETCHES)}.{nearest(name, list(STRETCHES))}')
-    kw = {**{k: _value(v) for k, _, v in (s.partition('=') for s in re.split(r',(?=\w+=)', text) if s)}, **kw}
+    kw = {**{k: plain_value(v) for k, _, v in (s.partition('=') for s in re.split(r',(?=\w+=)', text) if s)}, **kw}
     cls = resolve(STRETCHES[name])
     known = list(inspect.signature(cls).parameters)
     for k in kw:
