@@ -121,6 +121,8 @@ def _table(run, cs, job, X, good, spread):
     return EmbeddingTable(X, _rows(cs, good, spread), _info(run, job, bad))
 
 # %% ../nbs/41_embed.ipynb #275c364f
+_OTHER_KINDS = ('.fits', '.fit', '.fz', '.gz', '.csv', '.tsv', '.txt', '.dat', '.ecsv', '.vot', '.xml', '.json', '.h5', '.hdf5', '.hdf', '.npy', '.npz', '.pkl', '.pt', '.feather', '.pq')
+
 def embed_cutouts(
     run,                   # Run, or its folder
     cs:CutoutSet,          # any set with the bands of the run
@@ -135,6 +137,8 @@ def embed_cutouts(
     tta:int=1,             # views of each object, 8 = turned and mirrored: X is their mean, `tta_spread` in meta their scatter; 1 = off
 )->EmbeddingTable:         # for a folder of shards its path, which `EmbeddingTable.load` reads
     "Embed a set; with `out`, write it as it goes, resume what was interrupted, and share the work under torchrun."
+    if out is not None and Path(out).suffix.lower() in _OTHER_KINDS:
+        raise CutoutError(out, f'tables are not written as {Path(out).suffix}, but as .parquet, or as a folder of shards', 'For CSV: table.to_csv, or --csv')
     run = run if isinstance(run, Run) else load_run(run)
     cs = _fitting(run, cs)
     poolings = run.method.poolings
