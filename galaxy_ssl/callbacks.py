@@ -48,7 +48,8 @@ class ProgressBar(Callback):
 
     def on_start(self, trainer):
         from tqdm.auto import tqdm
-        self.bar = tqdm(total=trainer.total_steps*trainer.cfg.batch_size, initial=trainer.step*trainer.cfg.batch_size,
+        images = trainer.loader.batch_size*trainer.cfg.accum  # in a step: no more than there are
+        self.bar = tqdm(total=trainer.total_steps*images, initial=trainer.step*images,
                         desc=trainer.cfg.method, unit='img', unit_scale=True, mininterval=0.5 if in_jupyter() or sys.stderr.isatty() else 15)
 
     def on_step(self, trainer, images):

@@ -11,7 +11,7 @@ __all__ = ['HELP', 'COMMANDS', 'DemoArgs', 'EmbedArgs', 'RepackArgs', 'DownloadA
 import os
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -43,8 +43,8 @@ class DemoArgs:
 @dataclass
 class EmbedArgs:
     "Embed cutouts with a run. Example: galaxy_ssl embed runs/a cutouts.h5 --out table.parquet"
-    run: tyro.conf.Positional[str]                           # run folder
-    data: tyro.conf.Positional[str]                      # file or folder of cutouts
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar='RUN')]  # run folder
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar='DATA')]  # file or folder of cutouts
     out: str = 'embeddings.parquet'       # a .parquet file, or a folder of shards for big sets
     pool: str = 'mean'                    # mean, cls, max, central, attention
     batch_size: int = 256                 # objects at a time
@@ -59,11 +59,12 @@ class EmbedArgs:
 @dataclass
 class RepackArgs:
     "Write cutouts of any layout as native files; again to go on. Example: galaxy_ssl repack cutouts/ fast/ --dtype float16"
-    src: tyro.conf.Positional[str]               # file or folder of cutouts
-    dst: tyro.conf.Positional[str]               # folder to make
+    src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar='SRC')]  # file or folder of cutouts
+    dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar='DST')]  # folder to make
     dtype: Literal['float32', 'float16'] = 'float32'  # of the pixels
     shard: int = 8192                            # cutouts per file
     bands: tuple[str, ...]|None = None           # names of the bands wanted; None = all
+    size: int|None = None                        # pixels; every cutout is cut or padded to size x size; None = they all have one size
     layout: str|None = None                      # of the source; None = find out
     catalog: str|None = None                     # catalogue file joined by id
     strict: bool = False                         # stop at the first bad file
@@ -94,9 +95,10 @@ def _demo(argv):
 
 def _embed(argv):
     from galaxy_ssl.cutouts import open_cutouts
-    from galaxy_ssl.embed import embed_cutouts
+    from galaxy_ssl.embed import check_out, embed_cutouts
     from galaxy_ssl.runs import load_run
     args = tyro.cli(EmbedArgs, prog='galaxy_ssl embed', args=argv)
+    check_out(args.out)
     run = load_run(args.run, args.weights)
     cs = open_cutouts(args.data)
     if args.csv and not args.out.endswith('.parquet'):
@@ -108,9 +110,13 @@ def _embed(argv):
         print(f'{args.out}: {table!r}')
 
 def _repack(argv):
-    from galaxy_ssl.repack import repack
+    from galaxy_ssl.repack import repack, repacked
     args = tyro.cli(RepackArgs, prog='galaxy_ssl repack', args=argv)
-    cs = repack(args.src, args.dst, args.dtype, args.shard, args.bands, layout=args.layout, catalog=args.catalog, strict=args.strict)
+    try:
+        cs = repack(args.src, args.dst, args.dtype, args.shard, args.bands, size=args.size, layout=args.layout, catalog=args.catalog, strict=args.strict)
+    except KeyboardInterrupt as e:
+        n, of = repacked(args.dst)
+        raise KeyboardInterrupt(f'Stopped; {n:,} of {of:,} cutouts are written. Run the same command again to go on.' if of else '') from e
     print(f'{args.dst}: {cs!r}')
 
 def _train(argv):
@@ -139,6 +145,9 @@ def main(
         COMMANDS[argv[0]](argv[1:])
     except (CutoutError, OSError) as e:
         raise SystemExit(f'galaxy_ssl {argv[0]}: {e}') from e
+    except KeyboardInterrupt as e:
+        print(e.args[0] if e.args and e.args[0] else 'Stopped. Run the same command again to go on.', file=sys.stderr)
+        raise SystemExit(130) from e
 
 if __name__ == '__main__' and '__file__' in globals():
     main()

@@ -8,6 +8,8 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/config.html.md"""
 __all__ = ['TrainConfig', 'make_config', 'read_toml', 'check_config', 'parse_args']
 
 # %% ../nbs/29_config.ipynb #5a8b9c20
+import inspect
+import json
 import tomllib
 from dataclasses import dataclass, fields
 from dataclasses import field as dataclass_field
@@ -18,14 +20,14 @@ import tyro
 
 from .augment import AugmentConfig
 from .core import CutoutError, nearest
-from .methods import check_settings
+from .methods import check_settings, method_settings
 from .stretch import plain_value
 
 # %% ../nbs/29_config.ipynb #fcf308c1
 @dataclass
 class TrainConfig:
     "Pre-train an encoder on cutouts without labels. Method settings are given as `--set name=value`, e.g. `--set mask_ratio=0.6`."
-    data: str = ''                   # file or folder of cutouts
+    data: Annotated[str, tyro.conf.arg(help_behavior_hint='(required, here or in --config)')] = ''  # file or folder of cutouts
     method: str = 'mae'              # name in galaxy_ssl.methods.METHODS
     out: str = 'runs/mae'            # run folder; an unfinished run in it is resumed
     size: int = 64                   # network input, pixels
@@ -132,4 +134,12 @@ def parse_args(
             flags.append(word)
     default = make_config(values, 'config file')
     default.settings = {**default.settings, **settings}
-    return tyro.cli(TrainConfig, prog='galaxy_ssl train', args=flags, default=default)
+    about = _about(flags, default.method) if {'-h', '--help'} & set(flags) else None
+    return tyro.cli(TrainConfig, prog='galaxy_ssl train', description=about, args=flags, default=default)
+
+def _about(flags, method):
+    "The help text, with the settings of the method and their defaults."
+    method = dict(zip(flags, flags[1:])).get('--method', method)
+    known = {k: v for k, v in method_settings(method).items() if k not in ('n_bands', 'size')}
+    shown = ', '.join(k if v is inspect.Parameter.empty else f'{k}={v if isinstance(v, str) else json.dumps(v)}' for k, v in known.items())
+    return f'{TrainConfig.__doc__} The settings of {method}, with their defaults: {shown.replace("=null", "=none")}.'

@@ -30,6 +30,8 @@ _DEEPER = ('*/*.h5', '*/*.hdf5', '*/*.hdf'), ('*.parquet',), ('*/*.parquet',)  #
 def _open_one(path, layout, bands, size, strict):
     "One file or folder."
     if not path.exists():
+        if (path.parent/f'.{path.name}.part'/'repack.json').exists():
+            raise CutoutError(path, 'its repack is unfinished', 'Run the same galaxy_ssl repack again: it goes on where it stopped')
         raise CutoutError(path, 'no such file or folder', 'Check the path')
     if path.is_file() and path.stat().st_size == 0:
         raise CutoutError(path, 'empty file (0 bytes)', 'Download or write it again')

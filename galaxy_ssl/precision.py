@@ -117,17 +117,16 @@ def describe(
     precision:str,    # 'fp32' or 'bf16'
     mixed:bool=True,  # bf16 products of fp32 weights, or bf16 weights
 )->str:               # one line for a log
-    "What runs: device, numbers, library, attention."
-    kind, cuda = torch.device(device).type, torch.device(device).type == 'cuda'
-    numbers = 'fp32' if precision == 'fp32' else 'bf16 products of fp32 weights' if mixed else 'bf16 weights'
+    "What runs: device and numbers in plain words, then weights or library, and attention."
+    cuda = torch.device(device).type == 'cuda'
     if precision == 'fp32' and cuda:
-        numbers += f' (matrix products: {torch.get_float32_matmul_precision()})'
+        how = f'matrix products: {torch.get_float32_matmul_precision()}'
     elif precision == 'fp32':
-        numbers += ' by oneDNN (exact here)' if exact_onednn() else ' by the default library'
-    elif not native_bf16(device):
-        numbers += ' (emulated here: slow)'
+        how = 'oneDNN products, exact here' if exact_onednn() else 'products by the default library'
+    else:
+        how = ('products of fp32 weights' if mixed else 'bf16 weights') + ('' if native_bf16(device) else ', emulated here: slow')
     attention = 'fused attention' if cuda else f'plain attention up to {PLAIN_TOKENS} tokens'
-    return f'{kind}: {numbers}, {attention}'
+    return f'the {"GPU" if cuda else torch.device(device).type.upper()} in {precision} ({how}; {attention})'
 
 # %% ../nbs/19_precision.ipynb #ac63962a
 def gemm_rates(

@@ -6,7 +6,7 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/runs.html.md"""
 
 # %% auto #0
 __all__ = ['RUN_FORMAT', 'RUN_VERSION', 'weights_digest', 'save_weights', 'load_weights', 'save_resume', 'load_resume',
-           'write_config', 'read_config', 'read_log', 'Run', 'load_state', 'load_run']
+           'write_config', 'read_config', 'check_folder', 'read_log', 'Run', 'load_state', 'load_run']
 
 # %% ../nbs/30_runs.ipynb #fd6f9197
 import hashlib
@@ -123,6 +123,24 @@ def read_config(
     if missing:
         raise CutoutError(path, f'lacks {missing}', 'Restore it, or train again into another folder')
     return config
+
+_OURS = ('resume.pt', 'model.safetensors', 'best.safetensors', 'split.parquet', 'log.jsonl', 'speed.jsonl', 'bad_batch_*.json', 'figures', 'tensorboard', 'wandb',
+         '.*', '*.toml', '*.log', '*.out', '*.err')  # settings and what a queue or a shell writes of a training may lie there first
+
+def check_folder(
+    folder,  # to train into
+):
+    "Refuse a folder of other files: one that holds no run, and more than what an attempt at one leaves."
+    folder = Path(folder)
+    if not folder.is_dir() or (folder/'resume.pt').exists():
+        return
+    others = [p.name for p in sorted(folder.iterdir()) if not any(p.match(name) for name in _OURS)]
+    if not others:
+        return
+    try:
+        read_config(folder)
+    except CutoutError as e:
+        raise CutoutError(folder, f'is not empty, and holds no run ({len(others)} other entries, e.g. {others[0]})', 'Choose another folder') from e
 
 def read_log(
     path,  # a .jsonl file

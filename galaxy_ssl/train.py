@@ -33,7 +33,7 @@ from .draws import Draws
 from .methods import make_method
 from .optim import learning_rate, make_optimizer
 from .precision import describe, scope
-from .runs import Run, load_resume, load_state, read_config, read_log, save_resume, save_weights, write_config
+from .runs import Run, check_folder, load_resume, load_state, read_config, read_log, save_resume, save_weights, write_config
 from .world import StopFlag, die_with_launcher, gather, join_world, total_over
 
 # %% ../nbs/32_train.ipynb #809c0eee
@@ -56,10 +56,8 @@ class Trainer:
         if self.steps_per_epoch == 0:
             raise CutoutError('batch_size', f'{cfg.batch_size} in {cfg.accum} parts is more than the {len(self.train_set)} training objects', 'Use a smaller batch')
         self.total_steps = self.steps_per_epoch*cfg.epochs
-        self.step = 0
-        self.best = math.inf
+        self.step, self.best, self.pending = 0, math.inf, None
         self.window = torch.zeros(2, dtype=torch.float64)
-        self.pending = None
 
     @property
     def epoch(self):
@@ -317,6 +315,7 @@ def train(
 )->Run:                   # the trained model, on the CPU
     "Pre-train, or resume, or return the finished run in `cfg.out`."
     check_config(cfg)
+    check_folder(cfg.out)
     with join_world(cfg.device) as world, StopFlag() as stop:
         if cs is None:
             if not cfg.data:
@@ -334,8 +333,9 @@ def train(
                 callbacks = [ProgressBar(), Figures(cfg.figure_every), *(resolve(CALLBACKS[t])() for t in cfg.track)]
             trainer = Trainer(cfg, cs, world, stop, callbacks)
             trainer.build()
-            if world.first and trainer.step < trainer.total_steps:
-                print(f'{"Resuming" if trainer.step else "Starting"} at step {trainer.step} of {trainer.total_steps}, on {trainer.run.config["compute"]}.')
+            if world.first:
+                print('Already finished: nothing to do.' if trainer.step == trainer.total_steps else
+                      f'{"Resuming" if trainer.step else "Training"} on {trainer.run.config["compute"]}: step {trainer.step} of {trainer.total_steps}.')
             done = trainer.step == trainer.total_steps or trainer.fit()
             if world.first and not done:
                 print(f'Stopped and saved at step {trainer.step} of {trainer.total_steps}. Run the same command again to go on.')

@@ -178,7 +178,7 @@ def test_a_killed_repack_goes_on(tmp_path, how):
     job.send_signal(how)
     assert job.wait(timeout=30) != 0
     assert not (tmp_path/'killed').exists()
-    with pytest.raises(CutoutError, match='no such file or folder'):
+    with pytest.raises(CutoutError, match='its repack is unfinished'):
         open_cutouts(tmp_path/'killed')
     assert start('killed', 0).wait() == 0
     names = sorted(p.name for p in (tmp_path/'whole').iterdir())
