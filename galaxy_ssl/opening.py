@@ -17,7 +17,7 @@ from pathlib import Path
 import h5py
 import pandas as pd
 
-from .core import CutoutError, open_h5, resolve
+from .core import CutoutError, check_file, open_h5, resolve
 from .cutouts import LAYOUTS, CutoutSet, concat
 from .roles import name_parts
 
@@ -29,10 +29,8 @@ _DEEPER = ('*/*.h5', '*/*.hdf5', '*/*.hdf'), ('*.parquet',), ('*/*.parquet',)  #
 
 def _open_one(path, layout, bands, size, strict):
     "One file or folder."
-    if not path.exists():
-        raise CutoutError(path, 'no such file or folder', 'Check the path')
-    if path.is_file() and path.stat().st_size == 0:
-        raise CutoutError(path, 'empty file (0 bytes)', 'Download or write it again')
+    if not path.is_dir():
+        check_file(path)
     if path.is_dir() and layout not in _LISTED and (parts := _parts(path, _PARTS)):
         return _open_many(parts, layout, bands, size, strict)
     for name in [layout] if layout else LAYOUTS:
