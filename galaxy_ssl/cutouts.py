@@ -372,11 +372,11 @@ def _none_bad(shape, rows):
 # %% ../nbs/02_cutouts.ipynb #25eb0e91
 @patch
 def join_catalog(self:CutoutSet,
-    catalog,            # DataFrame with an `id` column or index, or a catalogue file
+    catalog,            # DataFrame with an `id` column or index, astropy Table, or a catalogue file
     strict:bool=False,  # True = every object must have a row and every row an object
 )->CutoutSet:
     "The same set with the catalogue's columns."
-    rows = resolve('galaxy_ssl.catalogs:rows_of_objects')(self.meta, catalog, strict)
+    rows = resolve('galaxy_ssl.catalogs:rows_of_objects')(self.meta, catalog, strict, [h is not None for h in self.headers or ()])
     new = self[:]
     new.meta = self.meta.assign(**{c: rows[c].combine_first(self.meta[c]) if c in self.meta else rows[c] for c in rows})
     new.meta[['ra', 'dec']] = new.meta[['ra', 'dec']].astype(np.float64)
