@@ -26,14 +26,13 @@ from astropy.table import Table
 
 from .columns import DEC_NAMES, ID_NAMES, RA_NAMES, find_column, plain_column, to_degrees
 from .core import CutoutError, as_ids, atomic_write, check_file, nearest
-from .filenames import FITS_NAME
+from .filenames import file_id, file_ids
 from .fits import open_bytes
 from .rows import catalog_rows
 from .tiles import sky_name
 
 # %% ../nbs/06_catalogs.ipynb #754a1504
 _HOURS = (units.hourangle, units.hour)
-_PICTURE = re.compile(r'\.(png|jpe?g|tiff?)$', re.IGNORECASE)
 _NULLABLE = {pa.int64(): pd.Int64Dtype(), pa.uint64(): pd.UInt64Dtype()}
 
 def _read_csv(body, separator, id):
@@ -102,16 +101,6 @@ def read_catalog(
         raise CutoutError(path, f'unreadable catalogue ({type(e).__name__}: {" ".join(str(e).split())[:100]})', 'Copy or download it again') from e
     return _tidy(rows, path, unit, id, ra, dec)
 
-def _file_id(path):
-    "The id of the object in a file of this name."
-    return _PICTURE.sub('', FITS_NAME.sub('', Path(str(path)).name))
-
-def _files_of(rows):
-    "Ids told by a column of file names; None if there is none that tells all rows apart."
-    column = find_column(rows.columns, ('file_loc', 'filename', 'file_name'))
-    files = [] if column is None or rows[column].isna().any() else [_file_id(v) for v in rows[column]]
-    return files if files and (column == 'file_loc' or len(set(files)) == len(files)) else None
-
 def _tidy(rows, path, unit, id=None, ra=None, dec=None):
     "A table with its id as index, degrees in `ra` and `dec`, and columns that numpy knows."
     if rows.empty:
@@ -125,7 +114,7 @@ def _tidy(rows, path, unit, id=None, ra=None, dec=None):
         raise CutoutError(path, f'declinations up to {np.nanmax(np.abs(found["dec"]))} degrees', 'Check the column and its unit', key=places['dec'])
     if id_column is not None:
         ids = as_ids(rows[id_column], f'{path}[{id_column}]')
-    elif (files := _files_of(rows)) is not None:
+    elif (files := file_ids(rows)) is not None:
         ids = as_ids(files, f'{path}[file name]')
     elif len(found) == 2 and not np.isnan([*found.values()]).any():
         ids = sky_name(found['ra'], found['dec'])
@@ -183,7 +172,7 @@ def rows_of_objects(
         named = 'id' in catalog or catalog.index.name is not None or counted or isinstance(catalog.index, pd.RangeIndex)
         rows = _tidy(catalog if named else catalog.rename_axis('id'), 'catalog', {})
     if not rows.index.isin(meta.index).any():
-        named = [_files_of(rows) or [], [_file_id(i) for i in rows.index]]
+        named = [file_ids(rows) or [], [file_id(i) for i in rows.index]]
         files = next((f for f in named if len(set(f)) == len(rows) and set(f) & set(meta.index)), None)
         if files:
             rows.index = pd.Index(files, name='id')

@@ -35,7 +35,7 @@ def _open_one(path, layout, bands, size, strict):
         check_file(path)
     if path.is_dir() and layout not in _LISTED and (parts := _parts(path, _PARTS)):
         cs = _open_many(parts, layout, bands, size, strict)
-        _say_unused(path, _kind(parts[0]))
+        _say_unused(path, None if layout else _kind(parts[0]))
         return cs
     for name in [layout] if layout else LAYOUTS:
         with _naming(path):
