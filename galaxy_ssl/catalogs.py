@@ -26,6 +26,7 @@ from astropy.table import Table
 
 from .columns import DEC_NAMES, ID_NAMES, RA_NAMES, find_column, plain_column, to_degrees
 from .core import CutoutError, as_ids, atomic_write, check_file, nearest
+from .filenames import file_id, file_ids
 from .fits import open_bytes
 from .rows import catalog_rows
 from .tiles import sky_name
@@ -51,7 +52,10 @@ def _read_table(body, kind):
     "A table that astropy reads, and the units of its columns."
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        table = Table.read(io.BytesIO(body), format=kind)
+        return _frame_of(Table.read(io.BytesIO(body), format=kind))
+
+def _frame_of(table):
+    "An astropy Table as rows, and the units of its columns."
     units_ = {c: units.hourangle if table[c].unit in _HOURS else table[c].unit for c in table.colnames if getattr(table[c], 'unit', None) is not None}
     wide = {c: list(np.asarray(table[c])) for c in table.colnames if getattr(table[c], 'ndim', 1) > 1}
     frame = table[[c for c in table.colnames if c not in wide]].to_pandas()
@@ -110,12 +114,13 @@ def _tidy(rows, path, unit, id=None, ra=None, dec=None):
         raise CutoutError(path, f'declinations up to {np.nanmax(np.abs(found["dec"]))} degrees', 'Check the column and its unit', key=places['dec'])
     if id_column is not None:
         ids = as_ids(rows[id_column], f'{path}[{id_column}]')
-    elif 'file_loc' in rows:
-        ids = as_ids([Path(str(v)).stem for v in rows['file_loc']], f'{path}[file_loc]')
+    elif (files := file_ids(rows)) is not None:
+        ids = as_ids(files, f'{path}[file name]')
     elif len(found) == 2 and not np.isnan([*found.values()]).any():
         ids = sky_name(found['ra'], found['dec'])
     else:
-        raise CutoutError(path, f'no id column among {list(rows)[:12]}', "Name it: id='...'")
+        raise CutoutError(path, f'no id column among {list(rows)[:12]}',
+                          "Name it: rows = galaxy_ssl.catalogs.read_catalog(path, id='...'), then cs.join_catalog(rows); or call the column 'id'")
     rest = rows.drop(columns=[c for c in (id_column, *places.values()) if c is not None])
     return pd.DataFrame({**found, **{c: plain_column(rest[c]) for c in rest if c not in found}}, index=pd.Index(ids, name='id', dtype=object))
 
@@ -152,19 +157,24 @@ def match_sky(
 # %% ../nbs/06_catalogs.ipynb #9fb3c142
 def rows_of_objects(
     meta:pd.DataFrame,  # ra and dec in degrees, index id
-    catalog,            # DataFrame or catalogue file
+    catalog,            # DataFrame, astropy Table or catalogue file
     strict:bool=False,  # True = every object must have a row and every row an object
+    headed=(),          # which objects have their place from the WCS of a file: it is kept
 )->pd.DataFrame:        # one row per object, NaN where the catalogue has none
     "The rows of a catalogue that belong to these objects."
-    if not isinstance(catalog, pd.DataFrame):
+    if isinstance(catalog, Table):
+        frame, unit = _frame_of(catalog)
+        rows = _tidy(frame, 'catalog', unit)
+    elif not isinstance(catalog, pd.DataFrame):
         rows = read_catalog(catalog)
     else:
         counted = catalog.index.dtype.kind in 'iu' and find_column(catalog, ID_NAMES) is not None and not catalog.index.astype(str).isin(meta.index).any()
         named = 'id' in catalog or catalog.index.name is not None or counted or isinstance(catalog.index, pd.RangeIndex)
         rows = _tidy(catalog if named else catalog.rename_axis('id'), 'catalog', {})
     if not rows.index.isin(meta.index).any():
-        files = [Path(str(v)).stem for v in rows.get('file_loc', [])]
-        if set(files) & set(meta.index):
+        named = [file_ids(rows) or [], [file_id(i) for i in rows.index]]
+        files = next((f for f in named if len(set(f)) == len(rows) and set(f) & set(meta.index)), None)
+        if files:
             rows.index = pd.Index(files, name='id')
         elif np.isfinite(meta[['ra', 'dec']]).all(axis=1).any() and {'ra', 'dec'} <= set(rows):
             rows = _by_position(meta, rows)
@@ -172,7 +182,22 @@ def rows_of_objects(
         for c in rows:
             if rows[c].dtype.kind in 'iu' and rows[c].abs().max() > 2**53:
                 rows[c] = rows[c].astype(str).astype(object)
-    return catalog_rows(meta.index, rows, strict)
+    return _keep_places(meta, catalog_rows(meta.index, rows, strict), headed)
+
+def _keep_places(meta, rows, headed):
+    "Rows of objects, their positions replaced by those that the WCS of the files tells; said where they are far apart."
+    both = [c for c in ('ra', 'dec') if c in rows]
+    kept = np.isfinite(meta[['ra', 'dec']]).all(axis=1).to_numpy() & (np.asarray(headed, bool) if len(headed) else False)
+    if not both or not kept.any():
+        return rows
+    if len(both) == 2:
+        said = kept & np.isfinite(rows[both].astype(np.float64)).all(axis=1).to_numpy()
+        told, found = (SkyCoord(t.ra[said].astype(np.float64), t.dec[said].astype(np.float64), unit='deg') for t in (rows, meta))
+        apart = told.separation(found).arcsec
+        if (apart > 5).any():
+            warnings.warn(f'catalog: {(apart > 5).sum()} of {len(meta)} objects lie more than 5 arcsec from where the WCS of their files puts them; '
+                          f'the files are believed. First: {meta.index[said][apart > 5][0]!r}, {apart[apart > 5][0]:.1f} arcsec')
+    return rows.assign(**{c: np.where(kept, meta[c], rows[c].astype(np.float64)) for c in both})
 
 def _by_position(meta, rows):
     "Rows within 1 arcsec of an object, under the object's id; the row's own id becomes the column `catalog_id`."

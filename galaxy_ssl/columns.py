@@ -122,8 +122,8 @@ def tidy_columns(
     n:int,         # objects
 )->dict:           # with `id`, and `ra` and `dec` in degrees where known; first in this order
     "Columns of a file of pixels under the names used here."
-    key = find_column(columns, ID_NAMES)
-    if key is not None and key.lower() == 'name' and len(set(map(str, columns[key]))) < n:
+    key = find_column(columns, (*ID_NAMES, *(f'{k}s' for k in ID_NAMES)))
+    if key is not None and key.lower() in ('name', 'names') and len(set(map(str, columns[key]))) < n:
         key = None
     out = {'id': row_ids(path, n) if key is None else as_ids(columns[key], f'{path}[{key}]')}
     used = {key}

@@ -173,7 +173,7 @@ def check_file(
     "The path, once it is known to be a readable, non-empty file."
     path = Path(path)
     if not path.exists():
-        raise CutoutError(path, 'no such file', f'Check the path{_sibling_hint(path)}')
+        raise CutoutError(path, 'no such file or folder', f'Check the path.{_sibling_hint(path)}')
     if path.is_dir():
         raise CutoutError(path, 'is a folder, a file was expected', 'Give a file')
     if not os.access(path, os.R_OK):
@@ -185,8 +185,7 @@ def check_file(
 def _sibling_hint(path):
     "The nearest name in the same folder, for a misspelt file."
     names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    found = nearest(path.name, names)
-    return f';{found.rstrip("?")}' if found else ''
+    return nearest(path.name, names)
 
 # %% ../nbs/00_core.ipynb #e31bbee0
 def open_h5(

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from .columns import ids_apart, stack_tables
 from .core import CutoutError, as_ids, nearest, resolve
 from .rows import MappedRows, Pixels, as_pixels, find_rows, join_rows
-from .surveys import order_bands
+from .surveys import as_bands, order_bands
 
 # %% ../nbs/02_cutouts.ipynb #5792b81c
 _all_ = ['Pixels', 'MappedRows']  # what a set is made of, importable from here
@@ -41,6 +41,14 @@ class Cutout:
     ivar: np.ndarray|None = None      # (B,H,W) inverse variance, unit**-2
     psf_fwhm: np.ndarray|None = None  # (B,) arcsec
     wcs: WCS|None = None              # None when the position on the sky is unknown
+
+    def __repr__(self):
+        return _describe(f'Cutout {self.id!r}:', self, self.flux.shape[1:])
+
+def _describe(what, of, size):
+    "One line about a cutout or a set."
+    scale = '' if np.isnan(of.pixscale) else f', {of.pixscale:g}"/px'
+    return f"{what} bands {','.join(of.bands)}, {size[0]}x{size[1]} px{scale}, {of.unit}, survey {of.survey or 'unknown'!r}"
 
 # %% ../nbs/02_cutouts.ipynb #589e6f3b
 class CutoutSet:
@@ -106,9 +114,7 @@ class CutoutSet:
         return self.meta.index.tolist()
 
     def __repr__(self):
-        n, _, h, w = self.shape
-        scale = '' if np.isnan(self.pixscale) else f', {self.pixscale:g}"/px'
-        return f"CutoutSet: {n:,} objects, bands {','.join(self.bands)}, {h}x{w} px{scale}, {self.unit}, survey {self.survey or 'unknown'!r}"
+        return _describe(f'CutoutSet: {len(self):,} objects,', self, self.shape[2:])
 
 # %% ../nbs/02_cutouts.ipynb #e8d51dd9
 def _meta(meta, n):
@@ -165,7 +171,7 @@ def select(self:CutoutSet,
     bands,  # names wanted, any order; they come back ordered by wavelength
 )->CutoutSet:
     "A view with these bands only."
-    bands = (bands,) if isinstance(bands, str) else tuple(bands)
+    bands = (bands,) if isinstance(bands, str) and bands in self.bands else as_bands(bands)
     missing = [b for b in bands if b not in self.bands]
     if missing or not bands:
         hint = 'Choose among the bands found' + (f'.{nearest(missing[0], self.bands)}' if missing else '')
@@ -234,7 +240,7 @@ def open_cutouts(
     "Open cutouts of any known layout."
     if layout is not None and layout not in LAYOUTS:
         raise CutoutError('layout', f'unknown layout {layout!r}', f'Known: {", ".join(LAYOUTS)}.{nearest(layout, LAYOUTS)}')
-    bands = (bands,) if isinstance(bands, str) else bands
+    bands = as_bands(bands)
     cs = resolve('galaxy_ssl.opening:open_found')(path, layout, bands, size, strict)
     cs = cs if catalog is None else cs.join_catalog(catalog, strict)
     return cs if bands is None else cs.select(bands)
@@ -366,11 +372,11 @@ def _none_bad(shape, rows):
 # %% ../nbs/02_cutouts.ipynb #25eb0e91
 @patch
 def join_catalog(self:CutoutSet,
-    catalog,            # DataFrame with an `id` column or index, or a catalogue file
+    catalog,            # DataFrame with an `id` column or index, astropy Table, or a catalogue file
     strict:bool=False,  # True = every object must have a row and every row an object
 )->CutoutSet:
     "The same set with the catalogue's columns."
-    rows = resolve('galaxy_ssl.catalogs:rows_of_objects')(self.meta, catalog, strict)
+    rows = resolve('galaxy_ssl.catalogs:rows_of_objects')(self.meta, catalog, strict, [h is not None for h in self.headers or ()])
     new = self[:]
     new.meta = self.meta.assign(**{c: rows[c].combine_first(self.meta[c]) if c in self.meta else rows[c] for c in rows})
     new.meta[['ra', 'dec']] = new.meta[['ra', 'dec']].astype(np.float64)

@@ -20,7 +20,7 @@ from astropy.io import fits
 from .core import CutoutError, nearest
 from .hdus import AGAIN, MAX_PIXELS, Hdu, check_sums, choose_image, open_bytes, product, reading, sum32, sums, verify, walk_fits
 from .roles import name_parts, spell_bands
-from .surveys import BAND_WAVELENGTH
+from .surveys import BAND_WAVELENGTH, as_bands
 from .wcs import celestial_wcs, pixel_scale
 
 # %% ../nbs/03_fits.ipynb #1b4ff52e
@@ -223,9 +223,9 @@ def fits_bands(
     names = plane_names(header, n)
     if bands is None:
         if not names:
-            raise CutoutError(path, f'its header does not name its {n} bands', "Name them: bands=('g', 'r', 'z')")
+            raise CutoutError(path, f'its header does not name its {n} band{"s"*(n > 1)}', f'Name {"them" if n > 1 else "it"}: bands={_example(n)}')
         return tuple(names), list(range(n))
-    bands = (bands,) if isinstance(bands, str) else tuple(bands)
+    bands = as_bands(bands)
     if not names and len(bands) == n:
         return bands, list(range(n))
     lacking = [b for b in bands if b not in names]
@@ -233,6 +233,11 @@ def fits_bands(
         found = ', '.join(names) if names else f'{n} planes without names'
         raise CutoutError(path, f'wanted bands {", ".join(bands)}; found {found}', f'Change bands=.{nearest(lacking[0], names) if lacking else ""}')
     return bands, [names.index(b) for b in bands]
+
+def _example(n):
+    "What `bands=` may look like for an image of n planes."
+    names = {1: 'r', 2: 'gr', 3: 'grz', 4: 'griz', 5: 'ugriz'}.get(n, [f'band{i}' for i in range(n)])
+    return repr(names if n == 1 else tuple(names))
 
 # %% ../nbs/03_fits.ipynb #b7e6cd70
 def filter_band(

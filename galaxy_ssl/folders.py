@@ -24,7 +24,7 @@ from .fits import StoredImage, filter_band, fits_bands, flux_images, images_besi
 from .hdus import choose_image, walk_fits
 from .planes import BadRows, FluxRows, IvarRows, Part, best_noise
 from .roles import mask_bits, psf_width
-from .surveys import order_bands
+from .surveys import BAND_WAVELENGTH, as_bands, order_bands
 from .wcs import places_apart, shift_cards, sky_places, wcs_cards
 
 # %% ../nbs/04_folders.ipynb #1d2a9871
@@ -185,7 +185,7 @@ def _place(objects, refuse):
             if headers[k] is None:
                 out[i, :2] = _said_place(one)
         elif (apart := places_apart(places[j], places[k])) > 0.1:
-            refuse(one, CutoutError(f.image.path, f'its pixels lie up to {apart:.1f} px from those of {one.path.name}', 'Bring the bands to one grid'))
+            refuse(one, CutoutError(f.image.path, f'its pixels lie up to {apart:.1f} px from those of {one.path.name}', "Bring the bands to one grid; for the bands of one tile, galaxy_ssl.tiles.read_tile(folder, align='r') does so"))
     return out
 
 # %% ../nbs/04_folders.ipynb #3be543e1
@@ -203,7 +203,7 @@ def read_fits_folder(
     mask_bits:int=None, # which bits of a mask mean bad; None = every value but zero, or as its header tells
 )->CutoutSet:
     "Objects of FITS files; the pixels are read when asked for."
-    bands = (bands,) if isinstance(bands, str) else bands and tuple(bands)
+    bands = as_bands(bands)
     named, deep = _objects_of(folder, pattern)
     if isinstance(folder, (list, tuple)):
         folder = folder[0] if len(folder) == 1 else f'{folder[0]} and {len(folder) - 1} more'
@@ -243,8 +243,16 @@ def _objects_of(folder, pattern):
     if not paths or below and groups is None:
         raise CutoutError(folder, 'no FITS files in it', 'Check the folder; names must end in .fits, .fit, .fits.gz, .fits.bz2 or .fz')
     if groups is None:
+        _refuse_tile(paths)
         return [(stem(p), {('flux', None): p}) for p in paths], False
     return list(groups.items()), True
+
+def _refuse_tile(paths):
+    "Raise if files are the bands of one image, not objects."
+    bands = [stem(p) for p in paths if stem(p) in BAND_WAVELENGTH]
+    if len(bands) > 1 and 2*len(bands) > len(paths):
+        raise CutoutError(paths[0].parent, f'looks like one tile with a file per band ({", ".join(order_bands(bands))}), not a file per object',
+                          "Use galaxy_ssl.tiles.read_tile(folder), then cut_tile; if they are objects, give read_fits_folder pattern='{id}.fits'")
 
 def _bar(named):
     "The same, with a progress bar if there are many and it takes longer than three seconds."

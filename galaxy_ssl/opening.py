@@ -17,34 +17,59 @@ from pathlib import Path
 import h5py
 import pandas as pd
 
-from .core import CutoutError, open_h5, resolve
+from .core import CutoutError, check_file, open_h5, resolve
 from .cutouts import LAYOUTS, CutoutSet, concat
+from .hdus import walk_fits
 from .roles import name_parts
 
 # %% ../nbs/03_opening.ipynb #e85aece2
 _LISTED = ('fits', 'pictures')  # layouts of one object per file: their openers also take a list of files
 _PARTS = ('*.h5', '*.hdf5', '*.hdf'), ('*.npz',), ('*.npy',)   # files of many objects, in the order in which a folder is searched
 _ROLES = {'bad': 'a mask', 'ivar': 'an inverse variance', 'var': 'a variance', 'sigma': 'a noise image', 'weight': 'a weight', 'psf': 'a PSF'}
+_KINDS = {'HDF5': r'\.(h5|hdf5?)$', 'npz': r'\.npz$', 'npy': r'\.npy$', 'fits': r'(\.(fits?|fts)(\.(gz|bz2|fz))?|\.fz)$', 'pictures': r'\.(png|jpe?g|tiff?)$'}
 _DEEPER = ('*/*.h5', '*/*.hdf5', '*/*.hdf'), ('*.parquet',), ('*/*.parquet',)  # searched where the folder itself holds no cutouts
 
 def _open_one(path, layout, bands, size, strict):
     "One file or folder."
-    if not path.exists():
-        if (path.parent/f'.{path.name}.part'/'repack.json').exists():
-            raise CutoutError(path, 'its repack is unfinished', 'Run the same galaxy_ssl repack again: it goes on where it stopped')
-        raise CutoutError(path, 'no such file or folder', 'Check the path')
-    if path.is_file() and path.stat().st_size == 0:
-        raise CutoutError(path, 'empty file (0 bytes)', 'Download or write it again')
+    if not path.exists() and (path.parent/f'.{path.name}.part'/'repack.json').exists():
+        raise CutoutError(path, 'its repack is unfinished', 'Run the same galaxy_ssl repack again: it goes on where it stopped')
+    if not path.is_dir():
+        check_file(path)
     if path.is_dir() and layout not in _LISTED and (parts := _parts(path, _PARTS)):
-        return _open_many(parts, layout, bands, size, strict)
+        cs = _open_many(parts, layout, bands, size, strict)
+        _say_unused(path, None if layout else _kind(parts[0]))
+        return cs
     for name in [layout] if layout else LAYOUTS:
         with _naming(path):
             cs = resolve(LAYOUTS[name])(path, bands=bands, size=size, strict=strict)
             if cs is not None:
+                _say_unused(path, name if name in _LISTED and not layout else None)
                 return cs if size is None else cs.fit(size)
     if path.is_dir() and layout not in _LISTED and (parts := _parts(path, _DEEPER)):
         return _open_many(parts, layout, bands, size, strict)
     raise CutoutError(path, _not_known(path), f'Known layouts: {", ".join(LAYOUTS)}')
+
+def _kind(path):
+    "Key of `_KINDS`, None for a file that holds no pixels by its name."
+    return next((kind for kind, ending in _KINDS.items() if re.search(ending, path.name, re.IGNORECASE)), None)
+
+def _say_unused(folder, kind):
+    "Warn of files beside the opened ones that are of another kind and hold pixels; a FITS table is a catalogue."
+    if kind is None or not folder.is_dir():
+        return
+    others = sorted(p for p in folder.iterdir() if _kind(p) not in (None, kind) and p.is_file() and not p.name.startswith('.'))
+    others = [p for p in others if _kind(p) != 'fits' or len(others) > 100 or _holds_image(p)]
+    if others:
+        what = f'{len(others)} other files are' if len(others) > 1 else 'one other file is'
+        warnings.warn(f'{folder}: {what} not used, e.g. {others[0].name} (open {"them" if len(others) > 1 else "it"} apart)')
+
+def _holds_image(path):
+    "Whether a FITS file is not just a table; a broken one counts as an image."
+    try:
+        with walk_fits(path) as walk:
+            return any(h.is_image for h in walk.hdus)
+    except CutoutError:
+        return True
 
 def _parts(folder, kinds):
     "The files in a folder of the first kind that is there."

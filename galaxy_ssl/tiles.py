@@ -29,7 +29,7 @@ from .fits import MAX_PIXELS, celestial_wcs, filter_band, fits_bands, pixel_scal
 from .grids import plan_grids, resample_strips
 from .roles import name_parts
 from .windows import FitsImage, Made
-from .surveys import BAND_WAVELENGTH, SURVEYS, get_survey, match_bands, order_bands, plain_band
+from .surveys import BAND_WAVELENGTH, SURVEYS, as_bands, get_survey, match_bands, order_bands, plain_band
 from .wcs import wcs_cards
 
 # %% ../nbs/05_tiles.ipynb #dc433a4f
@@ -189,6 +189,7 @@ def open_tile(
     scratch=None,               # folder for unpacked files; None = $TMPDIR or the system's
 )->TileFiles:
     "A tile whose pixels stay on disk."
+    bands = as_bands(bands)
     if not isinstance(files, dict):
         files = _one_tile(Path(files), bands)
     if not isinstance(files, dict):

@@ -28,7 +28,7 @@ from .positions import grid_positions, random_positions
 from .quality import reject
 from .rows import Pixels
 from .sources import detect_sources
-from .surveys import BAND_WAVELENGTH, order_bands
+from .surveys import BAND_WAVELENGTH, as_bands, order_bands
 from .tiles import Tile, TileFiles, _band_of, _numbered, as_frame, cut_tile, open_tile, sky_name, tile_files
 
 # %% ../nbs/07_tilesets.ipynb #ab1fe008
@@ -212,6 +212,7 @@ def open_tiles(
     strict:bool=False,    # True = the first bad tile is an error; False = bad tiles are listed in `bad_files`
 )->CutoutSet:             # columns `tile`, `x`, `y` in meta
     "Cutouts of many tiles as one lazy set."
+    bands = as_bands(bands)
     found = find_tiles(tiles, bands)
     options = {'bands': _common_bands(found, bands), 'survey': survey, 'align': align, 'hdu': hdu, 'scratch': scratch}
     where = _Where(at, size, step, n, seed, detect)
@@ -248,7 +249,7 @@ def open_tiles(
 def _common_bands(found, bands):
     "The bands wanted, or all that the tiles have files for; None = those of the first tile."
     if bands is not None:
-        return order_bands([bands] if isinstance(bands, str) else bands)
+        return order_bands(bands)
     named = [t for t in found.values() if isinstance(t, dict)]
     return order_bands(dict.fromkeys(str(b) for t in named for b in t)) if len(named) == len(found) else None
 
