@@ -96,6 +96,8 @@ def as_bands(
     "Names of bands, however they were written."
     if bands is None:
         return None
+    if not isinstance(bands, str) and len(bands) == 1:  # as a command line gives them
+        bands = str(bands[0])
     if not isinstance(bands, str):
         return tuple(w for b in bands for w in (_words(str(b)) if ',' in str(b) else (str(b),)))
     words = _words(bands)
