@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .roles import NOISE, mask_to_bad, noise_to_ivar
+from .rows import page_aligned
 
 # %% ../nbs/03_planes.ipynb #084a3e19
 @dataclass(slots=True)
@@ -63,11 +64,19 @@ class FluxRows:
         self.objects, self.shape = objects, tuple(shape)
 
     def __call__(self, rows):
-        out = np.empty((len(rows), *self.shape), self.dtype)
-        scratch = np.empty(8*int(np.prod(self.shape)), np.uint8)
-        for k in np.argsort(rows, kind='stable'):
-            self.fill(out[k], self.objects[rows[k]], scratch)
+        out = page_aligned((len(rows), *self.shape), self.dtype)
+        self.into(np.asarray(rows), out, None, None)
         return out
+
+    def into(self, rows, out, bands, at):
+        "Read objects, or some bands of them, into their places `at` in `out`; None = the first ones."
+        at = range(len(rows)) if at is None else at
+        scratch = np.empty(8*int(np.prod(self.shape)), np.uint8)
+        whole = None if bands is None else np.empty(self.shape, self.dtype)
+        for k in np.argsort(rows, kind='stable'):
+            self.fill(out[at[k]] if bands is None else whole, self.objects[rows[k]], scratch)
+            if bands is not None:
+                out[at[k]] = whole[bands]
 
     def fill(self, out, parts, scratch):
         "The pixels of one object."

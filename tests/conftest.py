@@ -14,10 +14,13 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from astropy.io import fits  # noqa: E402
 from common import embed, fit  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 from galaxy_ssl.synthetic import synthetic_cutouts  # noqa: E402
 
 torch.set_num_threads(1)
+settings.register_profile('repeatable', derandomize=True, deadline=None)
+settings.load_profile('repeatable')
 ROOT = Path(__file__).parent.parent
 
 
