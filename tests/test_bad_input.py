@@ -18,7 +18,7 @@ from galaxy_ssl.table import EmbeddingTable
 
 # Bands.
 
-@pytest.mark.parametrize('wanted', [('g', 'Y'), ('gr',)])
+@pytest.mark.parametrize('wanted', [('g', 'Y'), ('gx',)])
 @pytest.mark.parametrize('suffix', ['.h5', '.fits'])
 def test_wrong_band_names_list_wanted_and_found(suffix, wanted, good):
     with pytest.raises(CutoutError, match='wanted.*found.*g.*r.*z'):
