@@ -64,6 +64,7 @@ class SSLMethod(nn.Module):
 # %% ../nbs/21_methods.ipynb #28dfccb8
 METHODS = {
     'mae': 'galaxy_ssl.mae:MAE',
+    'simmim': 'galaxy_ssl.simmim:SimMIM',
 }
 
 def method_class(
