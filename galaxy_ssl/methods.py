@@ -64,6 +64,7 @@ class SSLMethod(nn.Module):
 # %% ../nbs/21_methods.ipynb #28dfccb8
 METHODS = {
     'mae': 'galaxy_ssl.mae:MAE',
+    'lvm': 'galaxy_ssl.lvm:LVM',
 }
 
 def method_class(
