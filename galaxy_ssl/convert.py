@@ -7,7 +7,7 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/convert.html.md"""
 # %% auto #0
 __all__ = ['find_encoder', 'rename_weights', 'adapt_bands', 'resize_positions', 'WeightsReport', 'fit_weights', 'check_fit']
 
-# %% ../nbs/27_convert.ipynb #a6d95413
+# %% ../nbs/27_convert.ipynb #f98d4156
 import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
@@ -18,7 +18,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel
 from .core import CutoutError
 from .nets import sincos_positions
 
-# %% ../nbs/27_convert.ipynb #d4616025
+# %% ../nbs/27_convert.ipynb #a9adfde9
 _PREFERRED = ('teacher', 'target_encoder', 'ema', 'model_ema', 'state_dict_ema')                        # what its authors evaluate
 _AVOIDED = ('student', 'momentum_encoder', 'encoder_k', 'target', 'decoder', 'predictor', 'projector')
 
@@ -38,7 +38,7 @@ def find_encoder(
     ranked = sorted(votes, key=lambda p: (-votes[p], -liking(p), len(p)))
     return (ranked[0], [p for p in ranked[1:] if votes[p] == votes[ranked[0]]]) if ranked else ('', [])
 
-# %% ../nbs/27_convert.ipynb #e0c5f1e8
+# %% ../nbs/27_convert.ipynb #0114db1f
 _COMPUTED = ('relative_position_index', 'attn_mask', 'relative_coords_table', 'k_bias', 'bias_mask')
 
 def _fold_scale(given, names):
@@ -69,7 +69,7 @@ def rename_weights(
     _fold_scale(given, names)
     return given
 
-# %% ../nbs/27_convert.ipynb #2dfea4db
+# %% ../nbs/27_convert.ipynb #e80b9224
 def adapt_bands(
     kernel:torch.Tensor,  # (D, bands there, h, w) of the first layer
     n_bands:int,          # bands here
@@ -86,7 +86,7 @@ def adapt_bands(
     picked = [kernel[:, given_bands.index(b)] if b in given_bands else mean for b in bands]
     return torch.stack(picked, 1)*(there/n_bands)
 
-# %% ../nbs/27_convert.ipynb #63260b29
+# %% ../nbs/27_convert.ipynb #e2c1bae2
 def resize_positions(
     table:torch.Tensor,  # (1, n+rows*columns, D), extra tokens first
     like:torch.Tensor,   # the table to replace, for its shape
@@ -109,13 +109,14 @@ def resize_positions(
     first = table[:, :1] if extra else torch.zeros(1, 1, D)
     return torch.cat([first[:, :wanted], patches], 1), how
 
-# %% ../nbs/27_convert.ipynb #7d83c82c
+# %% ../nbs/27_convert.ipynb #dfb2e296
 @dataclass
 class WeightsReport:
     "What of a source was found, adapted, left out and missing in an encoder."
     source: str            # where it came from
     prefix: str = ''       # of the encoder's names in it
-    found: float = 0.      # fraction of the encoder's numbers that were found
+    shared: int = 0        # names that both have
+    found: float = 0.      # fraction of the encoder's numbers that were found and fit
     loaded: list = field(default_factory=list)    # names taken
     adapted: dict = field(default_factory=dict)   # name -> how it was changed
     left_out: list = field(default_factory=list)  # names in the source that the encoder does not have
@@ -135,7 +136,7 @@ class WeightsReport:
             lines += [f'  {name.replace("_", " ")}: {", ".join(map(str, rows[:5]))}{f" and {len(rows) - 5} more" if len(rows) > 5 else ""}'] if rows else []
         return '\n'.join(lines)
 
-# %% ../nbs/27_convert.ipynb #451162c4
+# %% ../nbs/27_convert.ipynb #03565200
 _CHANGES = ('reg_token', 'register_tokens', 'dist_token', 'rel_pos_bias.', 'norm_pre.', 'rope')
 
 def _containers(names):
@@ -156,7 +157,7 @@ def _sort_out(own, given, report):
             if repeated(key):
                 report.differs.append(f'{key}: only in the encoder')
 
-# %% ../nbs/27_convert.ipynb #007cc0a4
+# %% ../nbs/27_convert.ipynb #9a4488fd
 def _resize_table(table, like, window):
     "A Swin table of relative positions for another window."
     if table.ndim != 2 or table.shape[1] != like.shape[1] or int(len(table)**0.5)**2 != len(table):
@@ -199,7 +200,8 @@ def fit_weights(
     _sort_out(own, local, report)
     hints = {'stem': stem, 'patches': patches, 'grid': grid, 'given_grid': given_grid, 'bands': bands, 'given_bands': given_bands, 'windows': windows or {}}
     fitted = {}
-    for name in [k for k in own if k in local]:
+    names = [k for k in own if k in local]
+    for name in names:
         value, how = _adapt(name, own[name], local[name], hints)
         if value is None or value.shape != own[name].shape:
             report.differs.append(f'{name}: {tuple(local[name].shape)} there, {tuple(own[name].shape)} here')
@@ -207,7 +209,7 @@ def fit_weights(
         fitted[name] = value.to(own[name].dtype)
         if how and not torch.equal(value, local[name]):
             report.adapted[name] = how
-    report.loaded = list(fitted)
+    report.loaded, report.shared = list(fitted), len(names)
     counted = {k: v.numel() for k, v in own.items() if v.is_floating_point() and not k.endswith('pos_embed')}
     report.found = sum(n for k, n in counted.items() if k in fitted)/max(1, sum(counted.values()))
     if stem in fitted and (given_bands is None) and fitted[stem].shape[1] > 1 and stem not in report.adapted:
@@ -222,7 +224,7 @@ def check_fit(
 ):
     "Refuse weights that do not fit, with the list of what differs."
     listed = lambda rows: f'{"; ".join(rows[:8])}{f"; and {len(rows) - 8} more" if len(rows) > 8 else ""}'
-    if not report.loaded and (partial or not report.differs):
+    if not (report.loaded if partial else report.shared):
         raise CutoutError(report.source, f'no weights of this encoder in it; it has e.g. {(report.left_out or report.differs)[:4]}', 'Is it another kind of network? Choose the arch it was made with')
     if report.adapted and not adapt:
         raise CutoutError(report.source, f'made for other bands or sizes: {listed([f"{k}: {v}" for k, v in report.adapted.items()])}', 'Use the same, or adapt=True')
