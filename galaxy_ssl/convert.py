@@ -7,7 +7,7 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/convert.html.md"""
 # %% auto #0
 __all__ = ['find_encoder', 'rename_weights', 'adapt_bands', 'resize_positions', 'WeightsReport', 'fit_weights', 'check_fit']
 
-# %% ../nbs/27_convert.ipynb #f98d4156
+# %% ../nbs/27_convert.ipynb #af22fc49
 import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
@@ -18,7 +18,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel
 from .core import CutoutError
 from .nets import sincos_positions
 
-# %% ../nbs/27_convert.ipynb #a9adfde9
+# %% ../nbs/27_convert.ipynb #c4ca5ac0
 _PREFERRED = ('teacher', 'target_encoder', 'ema', 'model_ema', 'state_dict_ema')                        # what its authors evaluate
 _AVOIDED = ('student', 'momentum_encoder', 'encoder_k', 'target', 'decoder', 'predictor', 'projector')
 
@@ -38,7 +38,7 @@ def find_encoder(
     ranked = sorted(votes, key=lambda p: (-votes[p], -liking(p), len(p)))
     return (ranked[0], [p for p in ranked[1:] if votes[p] == votes[ranked[0]]]) if ranked else ('', [])
 
-# %% ../nbs/27_convert.ipynb #0114db1f
+# %% ../nbs/27_convert.ipynb #3418c351
 _COMPUTED = ('relative_position_index', 'attn_mask', 'relative_coords_table', 'k_bias', 'bias_mask')
 
 def _fold_scale(given, names):
@@ -69,7 +69,7 @@ def rename_weights(
     _fold_scale(given, names)
     return given
 
-# %% ../nbs/27_convert.ipynb #e80b9224
+# %% ../nbs/27_convert.ipynb #cccf02a0
 def adapt_bands(
     kernel:torch.Tensor,  # (D, bands there, h, w) of the first layer
     n_bands:int,          # bands here
@@ -86,7 +86,7 @@ def adapt_bands(
     picked = [kernel[:, given_bands.index(b)] if b in given_bands else mean for b in bands]
     return torch.stack(picked, 1)*(there/n_bands)
 
-# %% ../nbs/27_convert.ipynb #e2c1bae2
+# %% ../nbs/27_convert.ipynb #3484fe7f
 def resize_positions(
     table:torch.Tensor,  # (1, n+rows*columns, D), extra tokens first
     like:torch.Tensor,   # the table to replace, for its shape
@@ -109,7 +109,7 @@ def resize_positions(
     first = table[:, :1] if extra else torch.zeros(1, 1, D)
     return torch.cat([first[:, :wanted], patches], 1), how
 
-# %% ../nbs/27_convert.ipynb #dfb2e296
+# %% ../nbs/27_convert.ipynb #479a735f
 @dataclass
 class WeightsReport:
     "What of a source was found, adapted, left out and missing in an encoder."
@@ -136,7 +136,7 @@ class WeightsReport:
             lines += [f'  {name.replace("_", " ")}: {", ".join(map(str, rows[:5]))}{f" and {len(rows) - 5} more" if len(rows) > 5 else ""}'] if rows else []
         return '\n'.join(lines)
 
-# %% ../nbs/27_convert.ipynb #03565200
+# %% ../nbs/27_convert.ipynb #96fb5cbd
 _CHANGES = ('reg_token', 'register_tokens', 'dist_token', 'rel_pos_bias.', 'norm_pre.', 'rope')
 
 def _containers(names):
@@ -157,7 +157,7 @@ def _sort_out(own, given, report):
             if repeated(key):
                 report.differs.append(f'{key}: only in the encoder')
 
-# %% ../nbs/27_convert.ipynb #9a4488fd
+# %% ../nbs/27_convert.ipynb #69e7c87d
 def _resize_table(table, like, window):
     "A Swin table of relative positions for another window."
     if table.ndim != 2 or table.shape[1] != like.shape[1] or int(len(table)**0.5)**2 != len(table):
@@ -198,6 +198,7 @@ def fit_weights(
     local = rename_weights({k[len(prefix):]: v for k, v in given.items() if k.startswith(prefix)}, own)
     report = WeightsReport(str(source), prefix, notes=[f'also found under {p!r}' for p in others])
     _sort_out(own, local, report)
+    report.left_out += [k for k in given if not k.startswith(prefix)]
     hints = {'stem': stem, 'patches': patches, 'grid': grid, 'given_grid': given_grid, 'bands': bands, 'given_bands': given_bands, 'windows': windows or {}}
     fitted = {}
     names = [k for k in own if k in local]
