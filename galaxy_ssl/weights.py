@@ -7,7 +7,7 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/weights.html.md"""
 # %% auto #0
 __all__ = ['EncoderPart', 'encoder_parts', 'read_source', 'start_from']
 
-# %% ../nbs/31_weights.ipynb #58afea8a
+# %% ../nbs/31_weights.ipynb #f93f633d
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from .hub import PREFIXES, find_weights
 from .nets import patch_grid, vit_dims
 from .runs import RUN_FORMAT, load_weights, read_config
 
-# %% ../nbs/31_weights.ipynb #fb5c17f7
+# %% ../nbs/31_weights.ipynb #d342b5b3
 @dataclass
 class EncoderPart:
     "An encoder inside a method, with its weights under the names of timm."
@@ -60,7 +60,7 @@ def encoder_parts(
         names = [n for n in names if n.startswith(_VIT_NAMES)]
     return [EncoderPart(method, names, getattr(method, 'grid', None))]
 
-# %% ../nbs/31_weights.ipynb #d6504be1
+# %% ../nbs/31_weights.ipynb #69797ed5
 def _run_facts(config):
     "What the config of a run says about its encoder."
     settings = config['settings']
@@ -95,7 +95,7 @@ def read_source(
         raise CutoutError(source, 'no such file or folder', f'For the weights of timm write timm:{source}')
     return flat_weights(read_checkpoint(path, trust), path), {}
 
-# %% ../nbs/31_weights.ipynb #f2ab6650
+# %% ../nbs/31_weights.ipynb #3095e774
 def _first_layer(module):
     "Name of the first kernel, and whether it cuts the image into patches."
     for name, m in module.named_modules():
