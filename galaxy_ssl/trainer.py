@@ -32,6 +32,7 @@ from .nets import save_memory
 from .optim import learning_rate, make_optimizer, peak_rate
 from .precision import describe, scope
 from .runs import Run, load_resume, load_state, read_config, read_log, save_resume, save_weights, write_config
+from .weights import start_from
 from .world import gather, total_over
 
 # %% ../nbs/32_trainer.ipynb #49111f33
@@ -70,6 +71,8 @@ class Trainer:
         pre = fit_preprocess(cs, cfg.size, cfg.field, cfg.stretch, cfg.augment, cfg.recipe or method.recipe, seed=cfg.seed)
         config = {'method': cfg.method, 'settings': method.settings, 'preprocess': pre.config(), 'bands': list(pre.bands), 'survey': cs.survey, 'unit': cs.unit,
                   'pixscale': None if math.isnan(cs.pixscale) else cs.pixscale, 'n_train': len(cs), 'train': _saved(cfg), 'compute': describe(device, cfg.precision)}
+        if cfg.init and not (self.folder/'resume.pt').exists():
+            config['init'] = self.start(method, pre.bands)
         self.run = Run(self.folder, config, method.to(device), pre.to(device))
         self.optimizer = make_optimizer(method, cfg.lr, cfg.weight_decay, cfg.betas)
         self.model = self.spread(method)
@@ -93,6 +96,14 @@ def suit(self:Trainer, method):
     self.loader.columns = method.label_columns
     if self.cfg.save_memory and not save_memory(method):
         warnings.warn(f'{self.cfg.method} has no part that could save memory')
+
+@patch
+def start(self:Trainer, method, bands):
+    "Fill the encoder with the weights that `cfg.init` names; gives what became of them."
+    report = start_from(method, self.cfg.init, self.cfg.trust, bands=bands)
+    if self.world.first:
+        print(report)
+    return report.config()
 
 @patch
 def spread(self:Trainer, method):
@@ -126,7 +137,7 @@ def _saved(cfg):
     return json.loads(json.dumps(asdict(cfg)))
 
 # %% ../nbs/32_trainer.ipynb #6f7470b7
-_FREE = ('out', 'device', 'save_every', 'figure_every', 'track', 'overwrite', 'data')
+_FREE = ('out', 'device', 'save_every', 'figure_every', 'track', 'overwrite', 'data', 'trust')
 
 @patch
 def restore(self:Trainer):
