@@ -63,12 +63,13 @@ class Trainer:
     def build(self):
         "Fit the preprocessing, make the network, or take both from an unfinished run."
         cfg, device, cs = self.cfg, self.world.device, self.train_set
-        settings = method_class(cfg.method).fill_settings(cs, cfg.settings)
+        pre = fit_preprocess(cs, cfg.size, cfg.field, cfg.stretch, cfg.augment, seed=cfg.seed)
+        settings = method_class(cfg.method).fill_settings(cs, cfg.settings, pre)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             method = make_method(cfg.method, n_bands=len(cs.bands), size=cfg.size, **settings)
         self.suit(method)
-        pre = fit_preprocess(cs, cfg.size, cfg.field, cfg.stretch, cfg.augment, cfg.recipe or method.recipe, seed=cfg.seed)
+        pre.use_recipe(cfg.recipe or method.recipe)
         config = {'method': cfg.method, 'settings': method.settings, 'preprocess': pre.config(), 'bands': list(pre.bands), 'survey': cs.survey, 'unit': cs.unit,
                   'pixscale': None if math.isnan(cs.pixscale) else cs.pixscale, 'n_train': len(cs), 'train': _saved(cfg), 'compute': describe(device, cfg.precision)}
         if cfg.init and not (self.folder/'resume.pt').exists():
