@@ -64,6 +64,8 @@ class SSLMethod(nn.Module):
 # %% ../nbs/21_methods.ipynb #28dfccb8
 METHODS = {
     'mae': 'galaxy_ssl.mae:MAE',
+    'simclr': 'galaxy_ssl.simclr:SimCLR',
+    'vicreg': 'galaxy_ssl.vicreg:VICReg',
 }
 
 def method_class(
