@@ -64,6 +64,9 @@ class SSLMethod(nn.Module):
 # %% ../nbs/21_methods.ipynb #28dfccb8
 METHODS = {
     'mae': 'galaxy_ssl.mae:MAE',
+    'moco': 'galaxy_ssl.moco:MoCo',
+    'byol': 'galaxy_ssl.byol:BYOL',
+    'dino': 'galaxy_ssl.dino:DINO',
 }
 
 def method_class(
