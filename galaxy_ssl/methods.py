@@ -47,6 +47,7 @@ class SSLMethod(nn.Module):
     def fill_settings(cls,
         cs,             # CutoutSet of the training split
         settings:dict,  # as given
+        pre,            # the fitted Preprocess of the run
     )->dict:
         "The settings as they are; a method that needs to look at the cutouts completes them here."
         return settings
@@ -64,6 +65,7 @@ class SSLMethod(nn.Module):
 # %% ../nbs/21_methods.ipynb #28dfccb8
 METHODS = {
     'mae': 'galaxy_ssl.mae:MAE',
+    'vae': 'galaxy_ssl.vae:VAE',
 }
 
 def method_class(

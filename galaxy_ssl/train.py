@@ -73,7 +73,7 @@ class Trainer:
         pre = fit_preprocess(cs, cfg.size, cfg.field, cfg.stretch, cfg.augment, cfg.recipe or kind.recipe, seed=cfg.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
-            method = make_method(cfg.method, n_bands=len(pre.bands), size=cfg.size, **kind.fill_settings(cs, cfg.settings))
+            method = make_method(cfg.method, n_bands=len(pre.bands), size=cfg.size, **kind.fill_settings(cs, cfg.settings, pre))
         self.suit(method)
         config = {'method': cfg.method, 'settings': method.settings, 'preprocess': pre.config(), 'bands': list(pre.bands), 'survey': cs.survey, 'unit': cs.unit,
                   'pixscale': None if math.isnan(cs.pixscale) else cs.pixscale, 'n_train': len(cs), 'train': _saved(cfg), 'compute': describe(device, cfg.precision)}
