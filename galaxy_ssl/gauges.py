@@ -7,7 +7,7 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/gauges.html.md"""
 # %% auto #0
 __all__ = ['rankme', 'gauges', 'Gauges']
 
-# %% ../nbs/43_gauges.ipynb #f92beaaa
+# %% ../nbs/43_gauges.ipynb #6d16390d
 import warnings
 
 import numpy as np
@@ -17,7 +17,7 @@ from .core import keyed_rng
 from .embed import embed_rows
 from .figures import terms_of
 
-# %% ../nbs/43_gauges.ipynb #5267636a
+# %% ../nbs/43_gauges.ipynb #e2939dc6
 def rankme(
     X,               # (N, D) embedding
     eps:float=1e-7,  # keeps the logarithm finite
@@ -40,12 +40,12 @@ def gauges(
     spread = X.std(axis=0)
     return {'rankme': rankme(X), 'spread': float(spread.mean()), 'dead': float((spread <= 0.01*spread.mean()).mean())}
 
-# %% ../nbs/43_gauges.ipynb #a3ef61c4
+# %% ../nbs/43_gauges.ipynb #1ae016af
 class Gauges(Callback):
     "RankMe, spread and dead dimensions after an epoch; warns of a collapsed embedding and of terms of the loss that never move."
 
     def __init__(self,
-        every:int=1,           # epochs between measurements
+        every:int=None,        # epochs between measurements; None = so that at most a tenth as many objects are embedded as trained on
         n:int=512,             # objects embedded
         low_rank:float=0.5,    # alarm below this fraction of the untrained network's RankMe
         low_spread:float=0.1,  # and of its spread
@@ -63,7 +63,8 @@ class Gauges(Callback):
         return gauges(X)
 
     def on_epoch(self, trainer):
-        if trainer.epoch % self.every and trainer.step < trainer.total_steps:
+        every = self.every or -(-10*min(self.n, len(trainer.train_set))//len(trainer.train_set))
+        if trainer.epoch % every and trainer.step < trainer.total_steps:
             return None
         if self.untrained is None:
             whole = trainer.val_set if trainer.val_set is not None and len(trainer.val_set) >= min(64, self.n) else trainer.train_set
@@ -92,7 +93,7 @@ class Gauges(Callback):
         for name, value in {'loss': row['loss'], **terms_of(row)}.items():
             count, low, high = self.seen.get(name, (0, value, value))
             self.seen[name] = count, low, high = count + 1, min(low, value), max(high, value)
-            if count == self.patience and row['epoch'] >= 1 and high - low <= 1e-6*max(abs(low), abs(high)) and name not in self.named:
+            if count >= self.patience and row['epoch'] >= 1 and high - low <= 1e-6*max(abs(low), abs(high)) and name not in self.named:
                 self.named.add(name)
                 warnings.warn(f'{trainer.cfg.method}: {name!r} has been {value:.6g} in all {count} lines of the log so far. '
                               'If it is a term of the loss, nothing in the network or the data moves it')
