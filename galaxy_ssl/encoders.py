@@ -8,8 +8,6 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/encoders.html.md"""
 __all__ = ['SWIN_PRESETS', 'nearest_sizes', 'ViT', 'TimmNet', 'make_swin', 'make_timm', 'Encoder']
 
 # %% ../nbs/21_encoders.ipynb #dce44af6
-import inspect
-
 import timm
 import torch
 import torch.nn.functional as F
