@@ -155,7 +155,7 @@ def plot_reconstruction(
         out = method.reconstruct(data)
     out = {k: v.float().cpu().numpy() for k, v in out.items()}
     return show_bands(out['image'], out['recon'], out['hidden'] > 0.5, run.bands, bad=data['bad'].cpu().numpy(),
-                      wcs=[cs.wcs(i) for i in range(len(cs))], top_first=cs.unit == 'display', titles=cs.ids)
+                      wcs=[cs[i].wcs for i in range(len(cs))], top_first=cs.unit == 'display', titles=cs.ids)
 
 # %% ../nbs/31_callbacks.ipynb #3fc3934b
 def memory_use(
