@@ -1,6 +1,8 @@
 """Masked methods against references that are not ours: losses in plain numpy, scipy's spherical harmonics, lightly's masked autoencoder."""
+import json
 import warnings
 
+import jobs
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from galaxy_ssl.draws import Draws
 from galaxy_ssl.methods import check_batch, make_method
 from galaxy_ssl.sky_token import sky_harmonics
+from galaxy_ssl.synthetic import synthetic_cutouts
 
 MICRO = dict(preset='micro', depth=2)
 
@@ -137,3 +140,24 @@ def test_mae_is_lightlys(norm_pix):
     grads = {**dict(vit.named_parameters()), **dict(decoder.named_parameters())}
     for name, p in method.named_parameters():
         torch.testing.assert_close(p.grad, grads[name].grad, atol=1e-4*float(p.grad.abs().max()), rtol=0)
+
+
+def test_simmim_on_two_processes_ends_where_one_does(tmp_path):
+    """With masks per band, a drawn ratio, damaged pixels and positions: all that the processes have to agree on."""
+    cs = synthetic_cutouts(24, size=32, seed=3)
+    flux = np.array(cs.flux[:])
+    flux[::3, :, :, 10:20] = np.nan
+    flux[5, 1] = np.nan
+    type(cs)(flux, bands=cs.bands, meta=cs.meta, survey=cs.survey, pixscale=cs.pixscale).save(tmp_path/'x.h5')
+    logs = []
+    for world in (1, 2):
+        config = dict(method='simmim', out=str(tmp_path/str(world)), size=32, epochs=2, batch_size=8, val_fraction=0, device='cpu', log_every=1,
+                      settings=dict(MICRO, mask_bands='per_band', mask_ratio=[0, 0.9], sky=True))
+        for p in jobs.start(jobs.training, config, str(tmp_path/'x.h5'), world=world):
+            p.join(240)
+            assert p.exitcode == 0
+        rows = [json.loads(line) for line in (tmp_path/str(world)/'log.jsonl').read_text().splitlines()]
+        logs.append([(r['loss'], r['hidden']) for r in rows if 'loss' in r])
+    one, two = map(np.array, logs)
+    assert len(one) == 6 and len(set(one[:, 1])) > 3
+    np.testing.assert_allclose(one, two, rtol=1e-4)
