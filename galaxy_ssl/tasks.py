@@ -8,7 +8,7 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/tasks.html.md"""
 __all__ = ['BENCH_SETS', 'TASKS', 'PROBES', 'FEW', 'BenchSet', 'shrink', 'read_sets', 'twins', 'learning_set', 'Task',
            'probe_features', 'draw_few', 'fit_probe', 'task_score', 'task_rows', 'task_draws', 'score_table']
 
-# %% ../nbs/83_tasks.ipynb #1233ece8
+# %% ../nbs/83_tasks.ipynb #e11b96d1
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ from .probe import _candidates, _scores, _splitter
 from .table import EmbeddingTable
 from .whitening import Whitening
 
-# %% ../nbs/83_tasks.ipynb #2321e034
+# %% ../nbs/83_tasks.ipynb #8b37f8d5
 @dataclass(frozen=True)
 class BenchSet:
     "A set of labelled composites."
@@ -53,7 +53,7 @@ def shrink(
         flux[k:k + 128] = resize_flux(centre_crop(part, field or min(cs.shape[2:])), size).numpy()
     return CutoutSet(flux, cs.meta, cs.bands, survey=cs.survey, unit=cs.unit)
 
-# %% ../nbs/83_tasks.ipynb #19253c1f
+# %% ../nbs/83_tasks.ipynb #c28e1ac8
 def read_sets(
     size:int=64,  # network input, pixels
     every:int=1,  # only every so manieth galaxy
@@ -68,7 +68,7 @@ def read_sets(
             found[name] = cs
     return found
 
-# %% ../nbs/83_tasks.ipynb #25f9b0d3
+# %% ../nbs/83_tasks.ipynb #de6af654
 def twins(
     name:str,  # of a set
 )->set:        # of ids
@@ -99,7 +99,7 @@ def learning_set(
     flux = np.concatenate([p.flux[:].astype(np.float16) for p in parts])
     return CutoutSet(flux, pd.concat(metas, ignore_index=True), parts[0].bands, survey=' + '.join(sorted({p.survey for p in parts})), unit=parts[0].unit)
 
-# %% ../nbs/83_tasks.ipynb #5a990ad1
+# %% ../nbs/83_tasks.ipynb #f886d6f8
 @dataclass(frozen=True)
 class Task:
     "Something to predict."
@@ -133,7 +133,7 @@ def _ring(meta):
 def _arms(meta):
     return meta['Arm_Strength'].where(_face_on_discs(meta) & (meta['Arm_Strength'] >= 0))
 
-# %% ../nbs/83_tasks.ipynb #d87b6b00
+# %% ../nbs/83_tasks.ipynb #5ed59080
 _FEATURED, _EDGE_ON = 't01_smooth_or_features_a02_features_or_disk_weighted_fraction', 't02_edgeon_a04_yes_weighted_fraction'
 
 def _featured(meta):
@@ -156,7 +156,7 @@ TASKS = {
     'decals-rings': Task('rings', 'class', _decals_ring, 'ring or not, another survey'),
 }
 
-# %% ../nbs/83_tasks.ipynb #1284b1c9
+# %% ../nbs/83_tasks.ipynb #61b8c900
 PROBES = ('linear', 'knn', 'knn-whitened')
 FEW = (5, 10, 50, 200)  # labels per class
 
@@ -188,7 +188,7 @@ def draw_few(
     rows = [order[group[order] == g][:n_labels] for g in np.unique(group)]
     return np.sort(np.concatenate(rows)) if min(map(len, rows)) == n_labels else None
 
-# %% ../nbs/83_tasks.ipynb #adb6acb5
+# %% ../nbs/83_tasks.ipynb #f09ee9a9
 def fit_probe(
     X,           # (N,D) as the probe sees them
     y,           # (N,) labels, codes or numbers
@@ -201,9 +201,17 @@ def fit_probe(
     "Choose the setting of a probe, fit it and predict."
     name, values, make = _candidates(probe.partition('-')[0], kind, min(len(fit) for fit, _ in inner))
     n_classes = int(y.max()) + 1 if kind == 'class' else 0
-    grid = np.array([[next(iter(_scores(kind, y[val], make(v).fit(X[fit], y[fit]).predict(X[val]), n_classes).values())) for v in values] for fit, val in inner]).mean(0)
+
+    def predict(value, fit, others):
+        model = make(value).fit(X[fit], y[fit])
+        if kind != 'class' or name != 'k':
+            return model.predict(X[others])
+        rarity = 1/np.unique(y[fit], return_counts=True)[1]
+        return model.classes_[(model.predict_proba(X[others])*rarity).argmax(1)]
+
+    grid = np.array([[next(iter(_scores(kind, y[val], predict(v, fit, val), n_classes).values())) for v in values] for fit, val in inner]).mean(0)
     best = int(grid.argmax())
-    return make(values[best]).fit(X[rows], y[rows]).predict(X[test]), {name: values[best]}, float(grid[best])
+    return predict(values[best], rows, test), {name: values[best]}, float(grid[best])
 
 def task_score(
     kind:str,         # 'class' or 'regression'
@@ -225,7 +233,7 @@ def task_score(
         score = 1 - np.stack([weight @ (p - true)**2 for p in pred])/np.maximum(total, 1e-12)
     return float(score.mean()) if draws is None else score.mean(0)
 
-# %% ../nbs/83_tasks.ipynb #d73c064b
+# %% ../nbs/83_tasks.ipynb #3915c720
 def task_rows(
     table,      # EmbeddingTable or CutoutSet of the task's set, with its catalogue
     task:Task,  # what is predicted
@@ -246,28 +254,30 @@ def task_draws(n, task, n_boot=1000):
     "Rows of resampled test galaxies, the same for every method."
     return keyed_rng(0, 'bootstrap', task.set).integers(0, n, size=(n_boot, n))
 
-# %% ../nbs/83_tasks.ipynb #20b2b1aa
+# %% ../nbs/83_tasks.ipynb #33a7112c
 def score_table(
     table:EmbeddingTable,  # the task's set with its catalogue and the column `split`
     task:Task,             # what is predicted
     probes=PROBES,         # which probes
     few=FEW,               # numbers of labels per class, besides all
-    n_draws:int=5,         # choices of the few labels
+    draws=range(5),        # seeds of the choices of the few labels
+    full:bool=True,        # also with all labels
 )->list:                   # of dicts: probe, n_labels (None = all), score, low, high, and how they came about
     "How well a task is read from an embedding: chosen on validation or within the few labels, one look at test."
     t = task_rows(table, task)
     y, train, test = t['y'], t['train'], t['test']
-    draws, out = task_draws(len(test), task), []
+    again, out = task_draws(len(test), task), []
     for probe in probes:
         X = probe_features(table.X, t['learn'], probe)
-        pred, choice, val = fit_probe(X, y, train, [(train, t['val'])], test, task.kind, probe)
-        out.append({**_row(task, probe, None, y[test], pred, draws), **choice, 'val': val, 'n_train': len(train), 'predictions': _plain(pred)})
+        if full:
+            pred, choice, val = fit_probe(X, y, train, [(train, t['val'])], test, task.kind, probe)
+            out.append({**_row(task, probe, None, y[test], pred, again), **choice, 'val': round(val, 5), 'n_train': len(train), 'predictions': _plain(pred)})
         for n in few:
-            sub = [draw_few(y[train], task.kind, n, seed) for seed in range(n_draws)]
+            sub = [draw_few(y[train], task.kind, n, seed) for seed in draws]
             if sub[0] is None:
                 continue
             found = [_few_shot(X, y, train[s], test, task.kind, probe) for s in sub]
-            out.append({**_row(task, probe, n, y[test], np.stack(found), draws), 'n_train': len(sub[0]),
+            out.append({**_row(task, probe, n, y[test], np.stack(found), again), 'n_train': len(sub[0]),
                         'draws': [round(task_score(task.kind, y[test], p), 5) for p in found]})
     return out
 
