@@ -14,13 +14,13 @@ import queue
 import threading
 import time
 import weakref
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 from torch import nn
 
-from .augment import AugmentConfig, augment, centre_crop, check_augment, mark_bad, resize_flux
+from .augment import AugmentConfig, augment, centre_crop, check_augment, mark_bad, resize_flux, with_recipe
 from .conditions import Conditions
 from .core import CutoutError, keyed_rng
 from .cutouts import CutoutSet
@@ -280,7 +280,9 @@ class Preprocess(nn.Module):
         batch:dict,        # with 'flux' and 'bad'; for training also 'draws'
         train:bool=False,  # augment
         views:int=1,       # augmented versions of each object
-    )->dict:               # the batch with 'image' and 'bad' (B,C,size,size), and 'views' if views > 1
+        local:int=0,       # smaller ones besides, from anywhere in the field
+        local_size:int=None,  # their size, pixels
+    )->dict:               # the batch with 'image' and 'bad' (B,C,size,size); 'views', 'view_bad' if views > 1; 'local', 'local_bad' if local > 0
         "Add the network's input to a batch."
         if batch['flux'].shape[1] != len(self.bands):
             raise CutoutError('bands', f"{batch['flux'].shape[1]} bands in the batch, {len(self.bands)} in the model {self.bands}", 'Select the same bands')
@@ -291,9 +293,13 @@ class Preprocess(nn.Module):
                 return {**batch, 'image': image, 'bad': bad}
             draws = draws_of(batch, flux.device)
             made = [self.image(*augment(flux, bad, self.augment, draws, self.size, here=self.here)) for _ in range(views)]
+            wider = replace(self.augment, jitter=self.augment.jitter + (self.size - local_size)/2) if local else None
+            small = [self.image(*augment(flux, bad, wider, draws, local_size, here=self.here)) for _ in range(local)]
         out = {**batch, 'image': made[0][0], 'bad': made[0][1]}
         if views > 1:
             out.update(views=[m[0] for m in made], view_bad=[m[1] for m in made])
+        if local:
+            out.update(local=[m[0] for m in small], local_bad=[m[1] for m in small])
         return out
 
     def config(self):
@@ -316,6 +322,7 @@ def fit_preprocess(
     field:int=None,     # width of sky in cutout pixels; None = `size`, or the whole cutout for display composites
     stretch:str=None,   # key of STRETCHES, with settings if wanted ('asinh:softening=10'); None = 'asinh', or 'linear' for display composites
     augment=None,       # AugmentConfig for training
+    recipe:str='plain', # what the method needs besides, a name in RECIPES
     n_sample:int=512,   # objects read for the statistics
     seed:int=0,         # which objects
 )->Preprocess:
@@ -338,6 +345,7 @@ def fit_preprocess(
     legacy = cs.unit == 'nanomaggy' and abs(cs.pixscale/.262 - 1) < .02
     made.fit(flux, bands=cs.bands if legacy else None)
     pre.here = _conditions(cs, rows, flux, field/size)
+    pre.augment = with_recipe(recipe, pre.augment, pre.here)
     check_augment(pre.augment, pre.here)
     return pre
 

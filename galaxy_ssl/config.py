@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from .augment import AugmentConfig
+from .augment import RECIPES, AugmentConfig
 from .core import CutoutError, nearest
 from .methods import check_settings, method_settings
 from .stretch import plain_value
@@ -37,6 +37,7 @@ class TrainConfig:
     batch_size: int = 128            # objects per optimiser step, over all processes
     accum: int = 1                   # split each step into this many smaller batches
     lr: float = 1e-3                 # peak learning rate
+    lr_batch: int|None = None        # batch size that `lr` was found for: it grows as the square root of batch_size/lr_batch; None = `lr` as it is
     weight_decay: float = 0.05       # AdamW, matrices only
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW
     warmup: float = 0.05             # fraction of the steps with a rising learning rate
@@ -44,10 +45,12 @@ class TrainConfig:
     precision: Literal['fp32', 'bf16'] = 'fp32'  # bf16 = matrix products in bfloat16, weights in float32
     val_fraction: float = 0.05       # held out by sky region (or id), for the validation loss; 0 = none
     stretch: str|None = None         # None = asinh, or linear for RGB composites
-    augment: AugmentConfig = dataclass_field(default_factory=AugmentConfig)
+    recipe: str|None = None          # augmentation: None = what the method asks for, or a name in galaxy_ssl.augment.RECIPES
+    augment: AugmentConfig = dataclass_field(default_factory=AugmentConfig)  # what is set here goes before the recipe
     seed: int = 0                    # of everything random
     device: str = 'auto'             # auto, cpu, cuda
     compile: bool = False            # torch.compile the method (GPU)
+    save_memory: bool = False        # compute activations twice instead of keeping them: deeper networks, larger batches, a third slower
     save_every: int = 200            # steps between checkpoints
     log_every: int = 20              # steps between log lines
     figure_every: int = 10           # epochs between figures; 0 = only at the end
@@ -99,8 +102,8 @@ def check_config(
     cfg:TrainConfig,  # settings of a training
 ):
     "Refuse settings that cannot work, before any work is done."
-    for name in ('size', 'epochs', 'batch_size', 'accum', 'save_every', 'log_every'):
-        if getattr(cfg, name) < 1:
+    for name in ('size', 'epochs', 'batch_size', 'accum', 'save_every', 'log_every', 'lr_batch'):
+        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             raise CutoutError(name, f'{getattr(cfg, name)} is less than 1', 'Use a positive number')
     if cfg.batch_size % cfg.accum:
         raise CutoutError('accum', f'batch_size {cfg.batch_size} is not a multiple of accum {cfg.accum}', 'Choose a divisor')
@@ -111,6 +114,8 @@ def check_config(
     given = [k for k in ('n_bands', 'size') if k in cfg.settings]
     if given:
         raise CutoutError('settings', f'{given} are not set by hand', 'They follow from the data and from `size`')
+    if cfg.recipe is not None and cfg.recipe not in RECIPES:
+        raise CutoutError('recipe', f'no recipe is called {cfg.recipe!r}', f'Choose from {list(RECIPES)}.{nearest(cfg.recipe, RECIPES)}')
     check_settings(cfg.method, cfg.settings)
 
 # %% ../nbs/29_config.ipynb #fda1f48c

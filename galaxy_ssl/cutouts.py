@@ -18,6 +18,7 @@ from astropy.io import fits
 from astropy.wcs import WCS, FITSFixedWarning
 from fastcore.basics import patch
 
+from .cards import card_text
 from .columns import ids_apart, stack_tables
 from .core import CutoutError, as_ids, nearest, resolve
 from .rows import MappedRows, Pixels, as_pixels, find_rows, join_rows
@@ -248,16 +249,17 @@ def open_cutouts(
 # %% ../nbs/02_cutouts.ipynb #dbeb6f07
 def fit_pixels(
     x,            # (..., y, x)
-    size:int,     # pixels of each side wanted
+    size,         # pixels wanted: of each side, or (height, width)
     fill=np.nan,  # value beyond the edge
-)->np.ndarray:    # (..., size, size)
+)->np.ndarray:    # (..., height, width)
     "The middle of images, padded where they are too small."
-    y0, x0 = ((n - size)//2 for n in x.shape[-2:])
-    inside = x[..., max(y0, 0):y0 + size, max(x0, 0):x0 + size]
+    height, width = (size, size) if np.isscalar(size) else size
+    y0, x0 = (x.shape[-2] - height)//2, (x.shape[-1] - width)//2
+    inside = x[..., max(y0, 0):y0 + height, max(x0, 0):x0 + width]
     h, w = inside.shape[-2:]
-    if (h, w) == (size, size):
+    if (h, w) == (height, width):
         return inside
-    out = np.full((*x.shape[:-2], size, size), fill, x.dtype)
+    out = np.full((*x.shape[:-2], height, width), fill, x.dtype)
     out[..., max(-y0, 0):max(-y0, 0) + h, max(-x0, 0):max(-x0, 0) + w] = inside
     return out
 
@@ -316,14 +318,10 @@ def _made_cards(self:CutoutSet, y0, x0):
     "Header cards of each object as if it had none, once its first pixel is (y0, x0); None if its place on the sky is unknown."
     tan = self._tan(0.0, 0.0)
     tan.update(CRPIX1=tan['CRPIX1'] - x0, CRPIX2=tan['CRPIX2'] - y0)
-    same = ''.join(_card(k, v) for k, v in tan.items() if k[:5] != 'CRVAL')
+    same = ''.join(card_text(k, v) for k, v in tan.items() if k[:5] != 'CRVAL')
     known = np.isfinite(self.meta[['ra', 'dec']]).all(axis=1) & np.isfinite(self.pixscale)
     for ra, dec, placed in zip(self.meta.ra.tolist(), self.meta.dec.tolist(), known.tolist()):
-        yield same + _card('CRVAL1', ra) + _card('CRVAL2', dec) if placed else None
-
-def _card(key, value):
-    "A header card of 80 characters."
-    return f'{key:<8}= {value!r:>20}'.upper().ljust(80)
+        yield same + card_text('CRVAL1', ra) + card_text('CRVAL2', dec) if placed else None
 
 # %% ../nbs/02_cutouts.ipynb #1ebb18c5
 def concat(

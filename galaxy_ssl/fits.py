@@ -10,6 +10,7 @@ __all__ = ['read_pixels', 'read_fits', 'StoredImage', 'find_image', 'plane_names
 
 # %% ../nbs/03_fits.ipynb #aac6917e
 import io
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import numpy as np
 from astropy.io import fits
 
 from .core import CutoutError, nearest
-from .hdus import AGAIN, MAX_PIXELS, Hdu, check_sums, choose_image, open_bytes, product, reading, sum32, sums, verify, walk_fits
+from .hdus import AGAIN, MAX_PIXELS, Hdu, check_sums, choose_image, file_stamp, open_bytes, reading, sum32, sums, verify, walk_fits
 from .roles import name_parts, spell_bands
 from .surveys import BAND_WAVELENGTH, as_bands
 from .wcs import celestial_wcs, pixel_scale
@@ -68,7 +69,7 @@ def decode_image(
     out:np.ndarray,   # of the form's shape
 )->np.ndarray:        # `out`
     "Fill `out` with the physical values of an image that is not compressed."
-    stored = np.frombuffer(data, _DTYPES[form.bitpix], product(form.shape)).reshape(form.shape)
+    stored = np.frombuffer(data, _DTYPES[form.bitpix], math.prod(form.shape)).reshape(form.shape)
     with np.errstate(over='ignore', invalid='ignore'):
         if form.scaling is None:
             out[...] = stored
@@ -180,7 +181,7 @@ class StoredImage:
             fd = os.open(self.path, os.O_RDONLY | getattr(os, 'O_CLOEXEC', 0))
             try:
                 status = os.fstat(fd)
-                if (status.st_size, status.st_mtime_ns, status.st_ino) != self.stamp:
+                if file_stamp(status) != self.stamp:
                     return None
                 data = np.empty(self.form.size, np.uint8) if scratch is None or len(scratch) < self.form.size else scratch[:self.form.size]
                 data = memoryview(data)[:os.preadv(fd, [data], self.form.offset)]

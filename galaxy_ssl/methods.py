@@ -26,6 +26,11 @@ from .draws import Draws
 class SSLMethod(nn.Module):
     "A self-supervised method: stores its settings and gives the defaults of the protocol."
     views = 1
+    local_views = 0
+    local_size = None
+    recipe = 'plain'
+    min_batch = 1
+    label_columns = ()
     poolings = ('mean',)
     embed_dim = 0
 
@@ -37,6 +42,14 @@ class SSLMethod(nn.Module):
             self.settings = json.loads(json.dumps(settings, allow_nan=False))
         except (TypeError, ValueError) as e:
             raise CutoutError('settings', f'they must fit in JSON: {e}', 'Use numbers, text, lists, true, false, none') from e
+
+    @classmethod
+    def fill_settings(cls,
+        cs,             # CutoutSet of the training split
+        settings:dict,  # as given
+    )->dict:
+        "The settings as they are; a method that needs to look at the cutouts completes them here."
+        return settings
 
     def after_step(self,
         step:int,   # optimiser steps done
@@ -102,7 +115,10 @@ def check_batch(
     views:int=1,        # views per object
     damaged:bool=False, # with bad pixels, a missing band and an object without data
     seed:int=0,         # of the galaxies
-)->dict:                # image, bad, id, draws, and views if more than one
+    local:int=0,        # smaller views per object
+    local_size:int=None,# their size, pixels
+    labels=(),          # columns of labels: 1 for redder than average objects, else 0; NaN (unknown) for the first
+)->dict:                # image, bad, id, draws, labels, and views and local if there are any
     "A training batch of Gaussian galaxies with noise, made from nothing."
     draws = Draws(seed, 'check_batch')
     y, x = (torch.linspace(-1, 1, s) for s in size)
@@ -121,7 +137,27 @@ def check_batch(
     batch = {'image': image, 'bad': bad, 'id': [f'object{i}' for i in range(n)], 'draws': Draws(seed, 'check', 0)}
     if views > 1:
         batch['views'] = [image.flip(-1) if i % 2 else image for i in range(views)]
+        batch['view_bad'] = [bad.flip(-1) if i % 2 else bad for i in range(views)]
+    if local:
+        y0, x0 = ((s - local_size)//2 for s in size)
+        for name, x in (('local', image), ('local_bad', bad)):
+            batch[name] = [x[..., y0 + i % 2:, x0:][..., :local_size, :local_size] for i in range(local)]
+    for name in labels:
+        batch[name] = (tilt.flatten() > 0.5).double()
+        batch[name][0] = torch.nan
     return batch
+
+def _first(batch, n):
+    "The first objects of a batch."
+    some = lambda v: v[:n] if torch.is_tensor(v) else [x[:n] for x in v] if isinstance(v, list) and torch.is_tensor(v[0]) else v[:n] if isinstance(v, list) else v
+    return {k: some(v) for k, v in batch.items()}
+
+def _batch_for(method, n, **options):
+    "A batch as this method wants it."
+    hw = method.settings['size']
+    get = lambda name, default: getattr(method, name, default)
+    return check_batch(n, method.settings['n_bands'], (hw, hw) if isinstance(hw, int) else tuple(hw), get('views', 1), local=get('local_views', 0),
+                       local_size=get('local_size', None), labels=get('label_columns', ()), **options)
 
 # %% ../nbs/21_methods.ipynb #ddf3ed7c
 def _need(truth, complaint):
@@ -186,11 +222,12 @@ def _check_gradients(method, batch):
 # %% ../nbs/21_methods.ipynb #e110f917
 def _check_bad(method, batch):
     "Bad pixels, a missing band, empty objects: loss and gradients stay finite."
-    damaged = check_batch(8, batch['image'].shape[1], batch['image'].shape[2:], method.views, damaged=True)
+    damaged = _batch_for(method, 8, damaged=True)
     _gradients(method, damaged)
     nothing = {**damaged, 'image': torch.zeros_like(damaged['image']), 'bad': torch.ones_like(damaged['bad'])}
-    if 'views' in damaged:
-        nothing['views'] = [torch.zeros_like(v) for v in damaged['views']]
+    for name, make in (('views', torch.zeros_like), ('view_bad', torch.ones_like), ('local', torch.zeros_like), ('local_bad', torch.ones_like)):
+        if name in damaged:
+            nothing[name] = [make(v) for v in damaged[name]]
     _gradients(method, nothing)
     for name, b in {'damaged': damaged, 'empty': nothing}.items():
         _need(bool(method.embed(b['image'], b['bad']).isfinite().all()), f'embeddings of {name} objects are not finite')
@@ -279,11 +316,8 @@ def check_method(
     else:
         name = type(method).__name__
         method = copy.deepcopy(method)
-    hw = method.settings['size']
-    batch = check_batch(64, method.settings['n_bands'], (hw, hw) if isinstance(hw, int) else tuple(hw), method.views)
-    few = {k: v[:8] if torch.is_tensor(v) else v for k, v in batch.items()}
-    if 'views' in batch:
-        few['views'] = [v[:8] for v in batch['views']]
+    batch = _batch_for(method, 64)
+    few = _first(batch, 8)
     checks = {'settings': _check_settings, 'loss': _check_loss, 'gradients': _check_gradients, 'bad pixels': _check_bad,
               'embed': _check_embed, 'weights': _check_weights, 'bfloat16': _check_bfloat16, 'reconstruct': _check_reconstruct,
               'learning': lambda m, b: _check_learning(m, batch, steps, lr, falls)}

@@ -6,8 +6,9 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/nets.html.md"""
 
 # %% auto #0
 __all__ = ['VIT_PRESETS', 'POOLINGS', 'as_hw', 'patch_grid', 'patchify', 'unpatchify', 'PatchEmbed', 'sincos_positions',
-           'vit_dims', 'vit_blocks', 'init_vit', 'use_fused', 'run_blocks', 'run_block_tail', 'class_attention',
-           'count_hidden', 'split_tokens', 'take_tokens', 'hidden_map', 'pool_tokens', 'central_tokens']
+           'vit_dims', 'vit_blocks', 'init_vit', 'use_fused', 'run_blocks', 'save_memory', 'run_block_tail',
+           'class_attention', 'count_hidden', 'split_tokens', 'take_tokens', 'hidden_map', 'pool_tokens',
+           'central_tokens']
 
 # %% ../nbs/20_nets.ipynb #0e094701
 from functools import partial
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .core import CutoutError, nearest
 from .precision import PLAIN_TOKENS
@@ -92,11 +94,12 @@ def sincos_positions(
     dim:int,              # length D of a token, a multiple of 4
     grid:tuple,           # (rows, columns) of patches
     class_token:bool=True,# put a row of zeros first
+    offset=(0, 0),        # row and column of the first patch
 )->torch.Tensor:          # (1, [1+] rows*columns, D) float32
     "Position vectors: sines and cosines of column and row at D/4 frequencies (arXiv:1706.03762, sec. 3.5)."
     if dim % 4:
         raise CutoutError('dim', f'{dim} is not a multiple of 4', 'Sines and cosines of two axes need a multiple of 4')
-    rows, columns = torch.meshgrid(*(torch.arange(g, dtype=torch.float64) for g in grid), indexing='ij')
+    rows, columns = torch.meshgrid(*(torch.arange(g, dtype=torch.float64) + o for g, o in zip(grid, offset)), indexing='ij')
     frequency = 10000.**(-torch.arange(dim//4, dtype=torch.float64)/(dim//4))
     angles = [axis.reshape(-1, 1)*frequency for axis in (columns, rows)]
     table = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], 1).float()
@@ -170,8 +173,25 @@ def run_blocks(
     for block in blocks:
         if block.attn.fused_attn != fused:
             block.attn.fused_attn = fused
-        x = block(x)
+        kept = not (torch.is_grad_enabled() and getattr(block, 'save_memory', False))
+        x = block(x) if kept else checkpoint(block, x, use_reentrant=False)
     return x
+
+def save_memory(
+    module:nn.Module,  # any part of a network
+    on:bool=True,
+)->int:                # how many parts do
+    "Compute what blocks hold in between a second time in the backward pass, instead of keeping it (arXiv:1604.06174)."
+    found = 0
+    for m in module.modules():
+        if isinstance(m, Block):
+            m.save_memory = on
+        elif hasattr(m, 'set_grad_checkpointing'):
+            m.set_grad_checkpointing(on)
+        else:
+            continue
+        found += 1
+    return found
 
 # %% ../nbs/20_nets.ipynb #80e9f421
 def _project(attn, y, queries):

@@ -18,7 +18,7 @@ from astropy.io import fits
 from astropy.wcs import WCS
 from astropy.wcs.utils import proj_plane_pixel_scales
 
-from .cards import Cards
+from .cards import Cards, card_text
 from .core import CutoutError
 
 # %% ../nbs/02_wcs.ipynb #1955cc01
@@ -54,10 +54,6 @@ _CARD = re.compile(rb'WCSAXES |C(TYPE|RVAL|RPIX|UNIT|DELT|ROTA)\d+ *$|(CD|PC)\d_
 _HIGHER = re.compile(rb'C(TYPE|RVAL|RPIX|UNIT|DELT|ROTA)[3-9] *$|(CD|PC)[3-9]_[3-9] *$|PV[3-9]_\d+ *$|NAXIS[3-9] *$')
 _SKY = re.compile(r'(RA|DEC|.LON|.LAT|..LN|..LT)-')
 
-def _card(key, value):
-    "A header card of 80 characters."
-    return f'{key:<8}= {value!r:>20}'.upper().ljust(80)
-
 @lru_cache(maxsize=64)
 def _wcs_keys(keys):
     "Of the keywords of a header, those that define its WCS; and those of axes beyond the second which nothing couples to the first two."
@@ -80,7 +76,7 @@ def wcs_cards(
     own, higher = _wcs_keys(tuple(cards.places))
     kept = b''.join(cards.head[i:i + 80] for i in sorted(cards.places[k] for k in own if k not in higher))
     text = kept.decode('ascii', 'replace').replace('\ufffd', '?')
-    return text + (_card('WCSAXES', 2) if higher else '')
+    return text + (card_text('WCSAXES', 2) if higher else '')
 
 def shift_cards(
     cards:str,  # WCS cards
@@ -90,7 +86,7 @@ def shift_cards(
     "WCS cards of a part of the image."
     head = Cards(cards.encode())
     kept = ''.join(cards[i:i + 80] for i in range(0, len(cards), 80) if cards[i:i + 8].rstrip() not in ('CRPIX1', 'CRPIX2', 'END', ''))
-    return kept + _card('CRPIX1', float(head.get('CRPIX1', 0.0) - x0)) + _card('CRPIX2', float(head.get('CRPIX2', 0.0) - y0))
+    return kept + card_text('CRPIX1', float(head.get('CRPIX1', 0.0) - x0)) + card_text('CRPIX2', float(head.get('CRPIX2', 0.0) - y0))
 
 # %% ../nbs/02_wcs.ipynb #e07faad4
 _NOT_TAN = re.compile(rb'PV\d_|[AB]P?_ORDER|CROTA|(CD|PC)([12]_[3-9]|[3-9]_[12])|CPDIS|CQDIS')

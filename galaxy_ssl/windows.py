@@ -10,6 +10,7 @@ __all__ = ['SharedFile', 'Windows', 'scratch_file', 'raw32', 'Made', 'FitsImage'
 # %% ../nbs/04_windows.ipynb #ae3cfca0
 import errno
 import io
+import math
 import os
 import tempfile
 import threading
@@ -22,14 +23,14 @@ from fastcore.basics import patch
 
 from .core import CutoutError, check_file
 from .fits import Form, decode_image, image_form
-from .hdus import AGAIN, BLOCK, MAX_PIXELS, check_claim, check_sums, choose_image, open_bytes, product, reading, sum32, sums, walk_fits
+from .hdus import AGAIN, BLOCK, MAX_PIXELS, check_claim, check_sums, choose_image, file_stamp, open_bytes, reading, sum32, sums, walk_fits
 
 # %% ../nbs/04_windows.ipynb #a5ff0a42
 def _find(path, hdu, max_pixels):
     "The HDU of the image wanted, how it is stored, and whether its bytes lie in the file as they are."
     with walk_fits(path, until=lambda h: _meant(h, hdu)) as walk:
         found = choose_image(walk.hdus, hdu, path)
-        check_claim(found, product(found.shape), path, max_pixels)
+        check_claim(found, math.prod(found.shape), path, max_pixels)
         return found, image_form(found, path), walk.stamp is not None and not found.packed
 
 def _meant(found, hdu):
@@ -134,7 +135,7 @@ def raw32(
     shape,   # (planes, y, x)
 )->Form:
     "How pixels are stored that were written to scratch as big-endian float32."
-    return Form(0, 0, 4*product(shape), -32, tuple(shape), False, None)
+    return Form(0, 0, 4*math.prod(shape), -32, tuple(shape), False, None)
 
 # %% ../nbs/04_windows.ipynb #b8353daa
 class Made(Windows):
@@ -150,7 +151,7 @@ class Made(Windows):
         super().__init__(path, (1, *shape))
 
     def _make(self):
-        out = scratch_file(self.path, 4*product(self.shape), self.scratch)
+        out = scratch_file(self.path, 4*math.prod(self.shape), self.scratch)
         for strip in self.strips():
             out.file.write(strip.astype('>f4').tobytes())
         out.file.flush()
@@ -162,8 +163,7 @@ def _stamp(path):
     if not os.path.exists(path):
         check_file(path)
     with reading(path):
-        status = os.stat(path)
-    return status.st_size, status.st_mtime_ns, status.st_ino
+        return file_stamp(os.stat(path))
 
 class FitsImage(Windows):
     "One image of a FITS file, read by windows."
@@ -238,7 +238,7 @@ def _spool_packed(self, f):
     "Decode a tile-compressed image strip by strip."
     data = io.BytesIO()
     _pass_on(self.path, f, self.hdu, data)
-    out = scratch_file(self.path, 4*product(self.shape), self.scratch)
+    out = scratch_file(self.path, 4*math.prod(self.shape), self.scratch)
     for strip in _strips(self.path, self.hdu, data.getvalue(), self.shape):
         out.file.write(strip.astype('>f4').tobytes())
     out.file.flush()
