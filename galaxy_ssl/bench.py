@@ -10,7 +10,7 @@ __all__ = ['COMMON', 'TRAIN', 'BENCH_RECIPES', 'PROTOCOL', 'KINDS', 'CELL_FORMAT
            'trained', 'untrained', 'pixels', 'supervised', 'local_weights', 'imagenet', 'machine', 'write_cell',
            'missing_tasks', 'bench']
 
-# %% ../nbs/84_bench.ipynb #c97d3429
+# %% ../nbs/84_bench.ipynb #78774088
 import hashlib
 import json
 import os
@@ -25,19 +25,20 @@ import numpy as np
 import torch
 
 import galaxy_ssl
+from .augment import RECIPES
 from .batch import fit_preprocess
 from .callbacks import ProgressBar
 from .config import make_config, read_toml
 from .core import CutoutError, atomic_write, key_seed, nearest
 from .embed import embed_cutouts
-from .methods import METHODS, make_method, method_settings
+from .methods import METHODS, make_method, method_class, method_settings
 from .pixels import pixel_pca
 from .runs import Run, load_run
 from .table import EmbeddingTable
 from .tasks import FEW, TASKS, draw_few, fit_probe, learning_set, probe_features, read_sets, score_table, task_rows
 from .train import train
 
-# %% ../nbs/84_bench.ipynb #239b72e8
+# %% ../nbs/84_bench.ipynb #065e2dc0
 @dataclass(frozen=True)
 class Recipe:
     "How one line of the leaderboard is made."
@@ -82,7 +83,7 @@ def get_recipe(
         raise CutoutError('methods', f'no method or control is called {name!r}', f'Choose from {known}.{nearest(name, known)}')
     return recipes.get(name, Recipe())
 
-# %% ../nbs/84_bench.ipynb #d2b6a622
+# %% ../nbs/84_bench.ipynb #52b6836c
 def get_tasks(
     names=None,  # names of tasks, separated by commas; None = all
 )->dict:         # name -> Task
@@ -93,7 +94,7 @@ def get_tasks(
             raise CutoutError('tasks', f'no task is called {n!r}', f'Choose from {list(TASKS)}.{nearest(n, TASKS)}')
     return {n: TASKS[n] for n in names}
 
-# %% ../nbs/84_bench.ipynb #be709f92
+# %% ../nbs/84_bench.ipynb #eb47e40a
 PROTOCOL = 1  # of the scores: a cell of another protocol is scored anew
 
 @dataclass
@@ -136,7 +137,7 @@ class Bench:
         self.learn = learning_set(self.sets, self.tasks)
         self.content = hashlib.sha256('\n'.join(self.learn.ids).encode()).hexdigest()[:16]
 
-# %% ../nbs/84_bench.ipynb #4f9b33dc
+# %% ../nbs/84_bench.ipynb #15c6e4c7
 def config_of(
     job:Job,       # what to train
     n:int,         # galaxies to learn from
@@ -169,12 +170,13 @@ def make_job(
         plan['settings'] = {**defaults, **settings_of(recipe, name)}
     if recipe.kind in ('train', 'supervised'):
         given = asdict(config_of(Job(name, recipe, seed, plan, bench), len(bench.learn), 'x'))
-        plan.update(budget=bench.budget, train={k: v for k, v in given.items() if k not in _FREE})
+        look = given['recipe'] or method_class(plan['method']).recipe
+        plan.update(budget=bench.budget, train={k: v for k, v in given.items() if k not in _FREE}, augmentation={look: RECIPES.get(look)})
     return Job(name, recipe, seed, json.loads(json.dumps(plan, default=str)), bench)
 
 _FREE = ('data', 'out', 'seed', 'device', 'settings', 'method', 'size', 'save_every', 'log_every', 'figure_every', 'track', 'overwrite', 'bands')
 
-# %% ../nbs/84_bench.ipynb #e7ea30a9
+# %% ../nbs/84_bench.ipynb #1e64661f
 class NotHere(CutoutError):
     "Something a line needs is not on this machine: the line is left out."
 
@@ -226,11 +228,11 @@ def untrained(job, tasks):
     pre = fit_preprocess(cs, job.bench.size, seed=job.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key_seed(job.seed, 'untrained'))
-        net = make_method(method, n_bands=len(cs.bands), size=job.bench.size, **job.plan['settings']).eval()
+        net = make_method(method, n_bands=len(cs.bands), size=job.bench.size, **method_class(method).fill_settings(cs, settings_of(job.recipe, job.name))).eval()
     run = Run(None, {'method': method, 'settings': net.settings, 'survey': cs.survey, 'unit': cs.unit, 'untrained': True, 'compute': job.bench.device}, net, pre)
     yield from score_run(run, job, tasks, _facts(run))
 
-# %% ../nbs/84_bench.ipynb #b67f1a71
+# %% ../nbs/84_bench.ipynb #ba69d0b0
 def pixels(job, tasks, tried=(32, 64, 128, 256)):
     "Principal components of the pixels."
     learn, pca = pixel_pca(job.bench.learn, n=max(tried), seed=job.seed)
@@ -249,7 +251,7 @@ def _on_validation(table, task, n):
     X = probe_features(table.X[:, :n], t['learn'], 'linear')
     return fit_probe(X, t['y'], t['train'], [(t['train'], t['val'])], t['val'], task.kind, 'linear')[2]
 
-# %% ../nbs/84_bench.ipynb #3ffd8e1f
+# %% ../nbs/84_bench.ipynb #aa2d819e
 def supervised(job, tasks, few=(50,)):
     "Trained from scratch on the labels of each task."
     for name, task in tasks.items():
@@ -268,7 +270,7 @@ def supervised(job, tasks, few=(50,)):
             facts = _facts(run, out)
         yield name, rows, {**facts, 'dim': table.X.shape[1]}
 
-# %% ../nbs/84_bench.ipynb #7c600de2
+# %% ../nbs/84_bench.ipynb #537f2014
 def local_weights(
     name:str,  # of a timm model, with its tag
 ):             # path
@@ -300,7 +302,7 @@ def imagenet(job, tasks, side=224):
 
 KINDS = {'train': trained, 'untrained': untrained, 'pixels': pixels, 'supervised': supervised, 'timm': imagenet}
 
-# %% ../nbs/84_bench.ipynb #debc24c7
+# %% ../nbs/84_bench.ipynb #f87ac865
 CELL_FORMAT = 'galaxy_ssl bench'
 
 def machine()->dict:
@@ -336,7 +338,7 @@ def missing_tasks(
         return path.exists() and json.loads(path.read_text())['protocol'] == PROTOCOL
     return {n: t for n, t in job.bench.tasks.items() if not there(job.cell(n))}
 
-# %% ../nbs/84_bench.ipynb #193c6d8c
+# %% ../nbs/84_bench.ipynb #11cd9875
 def bench(
     methods=None,                  # names of lines; None = every method and control
     budget:int=100_000,            # galaxies shown in pre-training
