@@ -10,7 +10,7 @@ __all__ = ['COMMON', 'TRAIN', 'BENCH_RECIPES', 'PROTOCOL', 'KINDS', 'CELL_FORMAT
            'trained', 'untrained', 'pixels', 'supervised', 'local_weights', 'imagenet', 'machine', 'write_cell',
            'missing_tasks', 'bench']
 
-# %% ../nbs/84_bench.ipynb #78774088
+# %% ../nbs/84_bench.ipynb #5254b53b
 import hashlib
 import json
 import os
@@ -18,7 +18,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import date
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ from .table import EmbeddingTable
 from .tasks import FEW, TASKS, draw_few, fit_probe, learning_set, probe_features, read_sets, score_table, task_rows
 from .train import train
 
-# %% ../nbs/84_bench.ipynb #065e2dc0
+# %% ../nbs/84_bench.ipynb #2f1559fc
 @dataclass(frozen=True)
 class Recipe:
     "How one line of the leaderboard is made."
@@ -83,7 +83,7 @@ def get_recipe(
         raise CutoutError('methods', f'no method or control is called {name!r}', f'Choose from {known}.{nearest(name, known)}')
     return recipes.get(name, Recipe())
 
-# %% ../nbs/84_bench.ipynb #52b6836c
+# %% ../nbs/84_bench.ipynb #906618a6
 def get_tasks(
     names=None,  # names of tasks, separated by commas; None = all
 )->dict:         # name -> Task
@@ -94,7 +94,7 @@ def get_tasks(
             raise CutoutError('tasks', f'no task is called {n!r}', f'Choose from {list(TASKS)}.{nearest(n, TASKS)}')
     return {n: TASKS[n] for n in names}
 
-# %% ../nbs/84_bench.ipynb #eb47e40a
+# %% ../nbs/84_bench.ipynb #cf75e6f2
 PROTOCOL = 1  # of the scores: a cell of another protocol is scored anew
 
 @dataclass
@@ -137,7 +137,7 @@ class Bench:
         self.learn = learning_set(self.sets, self.tasks)
         self.content = hashlib.sha256('\n'.join(self.learn.ids).encode()).hexdigest()[:16]
 
-# %% ../nbs/84_bench.ipynb #15c6e4c7
+# %% ../nbs/84_bench.ipynb #c581eeef
 def config_of(
     job:Job,       # what to train
     n:int,         # galaxies to learn from
@@ -176,7 +176,7 @@ def make_job(
 
 _FREE = ('data', 'out', 'seed', 'device', 'settings', 'method', 'size', 'save_every', 'log_every', 'figure_every', 'track', 'overwrite', 'bands')
 
-# %% ../nbs/84_bench.ipynb #1e64661f
+# %% ../nbs/84_bench.ipynb #2d66a75c
 class NotHere(CutoutError):
     "Something a line needs is not on this machine: the line is left out."
 
@@ -232,7 +232,7 @@ def untrained(job, tasks):
     run = Run(None, {'method': method, 'settings': net.settings, 'survey': cs.survey, 'unit': cs.unit, 'untrained': True, 'compute': job.bench.device}, net, pre)
     yield from score_run(run, job, tasks, _facts(run))
 
-# %% ../nbs/84_bench.ipynb #ba69d0b0
+# %% ../nbs/84_bench.ipynb #9950edc5
 def pixels(job, tasks, tried=(32, 64, 128, 256)):
     "Principal components of the pixels."
     learn, pca = pixel_pca(job.bench.learn, n=max(tried), seed=job.seed)
@@ -251,7 +251,7 @@ def _on_validation(table, task, n):
     X = probe_features(table.X[:, :n], t['learn'], 'linear')
     return fit_probe(X, t['y'], t['train'], [(t['train'], t['val'])], t['val'], task.kind, 'linear')[2]
 
-# %% ../nbs/84_bench.ipynb #aa2d819e
+# %% ../nbs/84_bench.ipynb #b1f0496a
 def supervised(job, tasks, few=(50,)):
     "Trained from scratch on the labels of each task."
     for name, task in tasks.items():
@@ -270,7 +270,7 @@ def supervised(job, tasks, few=(50,)):
             facts = _facts(run, out)
         yield name, rows, {**facts, 'dim': table.X.shape[1]}
 
-# %% ../nbs/84_bench.ipynb #537f2014
+# %% ../nbs/84_bench.ipynb #db5aa13c
 def local_weights(
     name:str,  # of a timm model, with its tag
 ):             # path
@@ -302,7 +302,7 @@ def imagenet(job, tasks, side=224):
 
 KINDS = {'train': trained, 'untrained': untrained, 'pixels': pixels, 'supervised': supervised, 'timm': imagenet}
 
-# %% ../nbs/84_bench.ipynb #f87ac865
+# %% ../nbs/84_bench.ipynb #de6a3603
 CELL_FORMAT = 'galaxy_ssl bench'
 
 def machine()->dict:
@@ -323,7 +323,7 @@ def write_cell(
     t = task_rows(table, task)
     cell = {'format': CELL_FORMAT, 'protocol': PROTOCOL, 'line': job.name, 'key': job.key, 'seed': job.seed, 'task': name, 'about': task.about, 'set': task.set,
             'kind': task.kind, 'classes': t['names'], 'metric': 'balanced accuracy' if task.kind == 'class' else 'R2', 'plan': job.plan, 'run': facts,
-            'budget': job.bench.budget, 'machine': machine(), 'date': date.today().isoformat(),
+            'budget': job.bench.budget, 'machine': machine(), 'date': datetime.now(UTC).isoformat(timespec='minutes'),
             'versions': {'galaxy_ssl': galaxy_ssl.__version__, 'torch': torch.__version__, 'python': platform.python_version()},
             'n': {s: len(t[s]) for s in ('train', 'val', 'test')}, 'truth': [round(float(y), 4) for y in t['y'][t['test']]], 'scores': rows}
     with atomic_write(job.cell(name)) as tmp:
@@ -338,7 +338,7 @@ def missing_tasks(
         return path.exists() and json.loads(path.read_text())['protocol'] == PROTOCOL
     return {n: t for n, t in job.bench.tasks.items() if not there(job.cell(n))}
 
-# %% ../nbs/84_bench.ipynb #11cd9875
+# %% ../nbs/84_bench.ipynb #8f068e92
 def bench(
     methods=None,                  # names of lines; None = every method and control
     budget:int=100_000,            # galaxies shown in pre-training

@@ -8,7 +8,7 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/tasks.html.md"""
 __all__ = ['BENCH_SETS', 'TASKS', 'PROBES', 'FEW', 'BenchSet', 'shrink', 'read_sets', 'twins', 'learning_set', 'Task',
            'probe_features', 'draw_few', 'fit_probe', 'task_score', 'task_rows', 'task_draws', 'score_table']
 
-# %% ../nbs/83_tasks.ipynb #e11b96d1
+# %% ../nbs/83_tasks.ipynb #4b0f0238
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ from .probe import _candidates, _scores, _splitter
 from .table import EmbeddingTable
 from .whitening import Whitening
 
-# %% ../nbs/83_tasks.ipynb #8b37f8d5
+# %% ../nbs/83_tasks.ipynb #e0609ade
 @dataclass(frozen=True)
 class BenchSet:
     "A set of labelled composites."
@@ -53,7 +53,7 @@ def shrink(
         flux[k:k + 128] = resize_flux(centre_crop(part, field or min(cs.shape[2:])), size).numpy()
     return CutoutSet(flux, cs.meta, cs.bands, survey=cs.survey, unit=cs.unit)
 
-# %% ../nbs/83_tasks.ipynb #c28e1ac8
+# %% ../nbs/83_tasks.ipynb #d211fabf
 def read_sets(
     size:int=64,  # network input, pixels
     every:int=1,  # only every so manieth galaxy
@@ -68,7 +68,7 @@ def read_sets(
             found[name] = cs
     return found
 
-# %% ../nbs/83_tasks.ipynb #de6af654
+# %% ../nbs/83_tasks.ipynb #4f3d5271
 def twins(
     name:str,  # of a set
 )->set:        # of ids
@@ -99,7 +99,7 @@ def learning_set(
     flux = np.concatenate([p.flux[:].astype(np.float16) for p in parts])
     return CutoutSet(flux, pd.concat(metas, ignore_index=True), parts[0].bands, survey=' + '.join(sorted({p.survey for p in parts})), unit=parts[0].unit)
 
-# %% ../nbs/83_tasks.ipynb #f886d6f8
+# %% ../nbs/83_tasks.ipynb #c1baf77e
 @dataclass(frozen=True)
 class Task:
     "Something to predict."
@@ -133,7 +133,7 @@ def _ring(meta):
 def _arms(meta):
     return meta['Arm_Strength'].where(_face_on_discs(meta) & (meta['Arm_Strength'] >= 0))
 
-# %% ../nbs/83_tasks.ipynb #5ed59080
+# %% ../nbs/83_tasks.ipynb #a9f6974e
 _FEATURED, _EDGE_ON = 't01_smooth_or_features_a02_features_or_disk_weighted_fraction', 't02_edgeon_a04_yes_weighted_fraction'
 
 def _featured(meta):
@@ -156,7 +156,7 @@ TASKS = {
     'decals-rings': Task('rings', 'class', _decals_ring, 'ring or not, another survey'),
 }
 
-# %% ../nbs/83_tasks.ipynb #61b8c900
+# %% ../nbs/83_tasks.ipynb #43317662
 PROBES = ('linear', 'knn', 'knn-whitened')
 FEW = (5, 10, 50, 200)  # labels per class
 
@@ -168,10 +168,9 @@ def probe_features(
     "The vectors as a probe sees them."
     if probe not in PROBES:
         raise CutoutError('probe', f'no probe is called {probe!r}', f'Choose from {list(PROBES)}.{nearest(probe, PROBES)}')
-    if probe == 'knn':
-        return X
-    if probe == 'knn-whitened':
-        return Whitening().fit(X[learn]).transform(X)
+    if probe != 'linear':
+        X = Whitening().fit(X[learn]).transform(X) if probe == 'knn-whitened' else X
+        return X/np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-12)
     spread = X[learn].std(0)
     return (X - X[learn].mean(0))/np.where(spread > 0, spread, 1)
 
@@ -188,7 +187,7 @@ def draw_few(
     rows = [order[group[order] == g][:n_labels] for g in np.unique(group)]
     return np.sort(np.concatenate(rows)) if min(map(len, rows)) == n_labels else None
 
-# %% ../nbs/83_tasks.ipynb #f09ee9a9
+# %% ../nbs/83_tasks.ipynb #90d31f76
 def fit_probe(
     X,           # (N,D) as the probe sees them
     y,           # (N,) labels, codes or numbers
@@ -233,7 +232,7 @@ def task_score(
         score = 1 - np.stack([weight @ (p - true)**2 for p in pred])/np.maximum(total, 1e-12)
     return float(score.mean()) if draws is None else score.mean(0)
 
-# %% ../nbs/83_tasks.ipynb #3915c720
+# %% ../nbs/83_tasks.ipynb #d4f21d22
 def task_rows(
     table,      # EmbeddingTable or CutoutSet of the task's set, with its catalogue
     task:Task,  # what is predicted
@@ -250,11 +249,11 @@ def task_rows(
         raise CutoutError(task.about, f'too few labels: {({s: len(r) for s, r in rows.items()})}', 'Every part needs some, the training part all classes')
     return {'y': y, 'names': names, 'learn': split == 'train', **rows}
 
-def task_draws(n, task, n_boot=1000):
-    "Rows of resampled test galaxies, the same for every method."
-    return keyed_rng(0, 'bootstrap', task.set).integers(0, n, size=(n_boot, n))
+def task_draws(n, name, n_boot=1000):
+    "Rows of resampled test galaxies of a set, the same for every method."
+    return keyed_rng(0, 'bootstrap', name).integers(0, n, size=(n_boot, n))
 
-# %% ../nbs/83_tasks.ipynb #33a7112c
+# %% ../nbs/83_tasks.ipynb #3b74ae3f
 def score_table(
     table:EmbeddingTable,  # the task's set with its catalogue and the column `split`
     task:Task,             # what is predicted
@@ -266,7 +265,7 @@ def score_table(
     "How well a task is read from an embedding: chosen on validation or within the few labels, one look at test."
     t = task_rows(table, task)
     y, train, test = t['y'], t['train'], t['test']
-    again, out = task_draws(len(test), task), []
+    again, out = task_draws(len(test), task.set), []
     for probe in probes:
         X = probe_features(table.X, t['learn'], probe)
         if full:
