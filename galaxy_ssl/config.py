@@ -47,6 +47,8 @@ class TrainConfig:
     stretch: str|None = None         # None = asinh, or linear for RGB composites
     recipe: str|None = None          # augmentation: None = what the method asks for, or a name in galaxy_ssl.augment.RECIPES
     augment: AugmentConfig = dataclass_field(default_factory=AugmentConfig)  # what is set here goes before the recipe
+    init: str|None = None            # start from the encoder of a run folder, a file of weights, 'timm:NAME' or 'hf_hub:OWNER/NAME'
+    trust: bool = False              # run the code that a file of weights may hold
     seed: int = 0                    # of everything random
     device: str = 'auto'             # auto, cpu, cuda
     compile: bool = False            # torch.compile the method (GPU)
