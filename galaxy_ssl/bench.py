@@ -7,8 +7,8 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/bench.html.md"""
 # %% auto #0
 __all__ = ['COMMON', 'TRAIN', 'BENCH_RECIPES', 'PROTOCOL', 'KINDS', 'CELL_FORMAT', 'Recipe', 'read_recipes', 'get_recipe',
            'get_tasks', 'Job', 'Bench', 'config_of', 'settings_of', 'make_job', 'NotHere', 'pretrain', 'score_run',
-           'trained', 'untrained', 'pixels', 'supervised', 'local_weights', 'imagenet', 'machine', 'write_cell',
-           'missing_tasks', 'bench']
+           'trained', 'untrained', 'pixels', 'supervised', 'own_answers', 'local_weights', 'imagenet', 'machine',
+           'write_cell', 'missing_tasks', 'bench']
 
 # %% ../nbs/84_bench.ipynb #5254b53b
 import hashlib
@@ -30,12 +30,12 @@ from .batch import fit_preprocess
 from .callbacks import ProgressBar
 from .config import make_config, read_toml
 from .core import CutoutError, atomic_write, key_seed, nearest
-from .embed import embed_cutouts
+from .embed import embed_cutouts, embed_rows
 from .methods import METHODS, make_method, method_class, method_settings
 from .pixels import pixel_pca
 from .runs import Run, load_run
 from .table import EmbeddingTable
-from .tasks import FEW, TASKS, draw_few, fit_probe, learning_set, probe_features, read_sets, score_table, task_rows
+from .tasks import FEW, TASKS, Task, draw_few, fit_probe, learning_set, plain, probe_features, read_sets, score_row, score_table, task_draws, task_rows
 from .train import train
 
 # %% ../nbs/84_bench.ipynb #2f1559fc
@@ -48,6 +48,7 @@ class Recipe:
     train: dict = field(default_factory=dict)     # of TrainConfig, over `TRAIN`
     pool: str = 'mean'   # how tokens become one vector
     seeds: int = 100     # most seeds that make a difference
+    tasks: tuple = ()    # scored; () = all
 
 COMMON = {'preset': 'micro', 'patch': 8}  # for methods that know these
 TRAIN = {'batch_size': 64, 'lr': 1e-3, 'precision': 'bf16', 'val_fraction': 0., 'figure_every': 0, 'save_every': 500}
@@ -56,7 +57,8 @@ BENCH_RECIPES = {
     'mae': Recipe(settings={'norm_pix': False, 'decoder': [96, 1, 3]}),
     'untrained': Recipe('untrained', 'mae'),
     'pixels': Recipe('pixels', seeds=1),
-    'supervised': Recipe('supervised'),
+    'hybrid': Recipe(settings={'method': 'mae', 'settings': {**COMMON, 'norm_pix': False, 'decoder': [96, 1, 3]}, 'label': 'gz1', 'kind': 'class', 'classes': None}),
+    'supervised': Recipe('supervised', tasks=('gz1', 'efigi-t', 'efigi-bar')),
     'imagenet': Recipe('timm', 'resnet18.a1_in1k', seeds=1),
 }
 
@@ -70,7 +72,7 @@ def read_recipes(
         wrong = [k for k in values if k not in old]
         if wrong:
             raise CutoutError(path, f'unknown key {wrong[0]!r}', f'A recipe has {list(old)}.{nearest(wrong[0], old)}', key=name)
-        made[name] = Recipe(**{k: {**v, **values.get(k, {})} if isinstance(v, dict) else values.get(k, v) for k, v in old.items()})
+        made[name] = Recipe(**{k: {**v, **values.get(k, {})} if isinstance(v, dict) else type(v)(values.get(k, v)) for k, v in old.items()})
     return made
 
 def get_recipe(
@@ -251,24 +253,38 @@ def _on_validation(table, task, n):
     X = probe_features(table.X[:, :n], t['learn'], 'linear')
     return fit_probe(X, t['y'], t['train'], [(t['train'], t['val'])], t['val'], task.kind, 'linear')[2]
 
-# %% ../nbs/84_bench.ipynb #b1f0496a
+# %% ../nbs/84_bench.ipynb #ca287995
 def supervised(job, tasks, few=(50,)):
     "Trained from scratch on the labels of each task."
     for name, task in tasks.items():
         cs, rows = job.bench.sets[task.set], []
         t = task_rows(cs, task)
         for n in (None, *few):
-            mine = t['train'] if n is None else draw_few(t['y'][t['train']], task.kind, n, job.seed)
+            mine = np.arange(len(t['train'])) if n is None else draw_few(t['y'][t['train']], task.kind, n, job.seed)
             if mine is None:
                 continue
-            mine = t['train'][mine] if n else mine
-            part, out = cs[mine], job.work/f'{name}-{n or "all"}'
+            part, out = cs[t['train'][mine]], job.work/f'{name}-{n or "all"}'
             part.meta = part.meta.assign(label=task.label(part.meta))
-            run = pretrain(job, part, out, {'label': 'label', 'kind': task.kind})
+            kind = {'kind': 'class', 'classes': None} if task.kind == 'class' else {'kind': 'value', 'scale': None}
+            run = pretrain(job, part, out, {'label': 'label', **kind})
             table = embed_cutouts(run, cs, pool=job.recipe.pool, device=job.bench.device, progress=False)
-            rows += score_table(table, task, ('linear',), few=(n,) if n else (), draws=(job.seed,), full=n is None)
+            rows += [own_answers(run, cs, task, n, job.seed), *score_table(table, task, ('linear',), few=(n,) if n else (), draws=(job.seed,), full=n is None)]
             facts = _facts(run, out)
         yield name, rows, {**facts, 'dim': table.X.shape[1]}
+
+def own_answers(
+    run:Run,     # a method with `predict`
+    cs,          # the task's set
+    task:Task,   # what is predicted
+    n_labels:int|None, # per class that it learnt from; None = all
+    seed:int,    # of the choice of those
+)->dict:         # a row as `score_table` gives
+    "The score of the network's own predictions."
+    t = task_rows(cs, task)
+    found, _, _ = embed_rows(run, cs[t['test']], embed=lambda method, image, bad, pool: method.predict(image, bad).reshape(len(image), -1))
+    pred = np.array([t['names'].index(c) for c in run.method.settings['classes']])[found.argmax(1)] if task.kind == 'class' else found[:, 0]
+    row = score_row(task, 'head', n_labels, t['y'][t['test']], pred, task_draws(len(t['test']), task.set))
+    return {**row, 'predictions': plain(pred)} if n_labels is None else {**row, 'draws': [row['score']]}
 
 # %% ../nbs/84_bench.ipynb #db5aa13c
 def local_weights(
@@ -336,7 +352,7 @@ def missing_tasks(
     "The tasks without a cell of this protocol."
     def there(path):
         return path.exists() and json.loads(path.read_text())['protocol'] == PROTOCOL
-    return {n: t for n, t in job.bench.tasks.items() if not there(job.cell(n))}
+    return {n: t for n, t in job.bench.tasks.items() if (not job.recipe.tasks or n in job.recipe.tasks) and not there(job.cell(n))}
 
 # %% ../nbs/84_bench.ipynb #8f068e92
 def bench(

@@ -6,7 +6,8 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/tasks.html.md"""
 
 # %% auto #0
 __all__ = ['BENCH_SETS', 'TASKS', 'PROBES', 'FEW', 'BenchSet', 'shrink', 'read_sets', 'twins', 'learning_set', 'Task',
-           'probe_features', 'draw_few', 'fit_probe', 'task_score', 'task_rows', 'task_draws', 'score_table']
+           'probe_features', 'draw_few', 'fit_probe', 'task_score', 'task_rows', 'task_draws', 'score_table',
+           'score_row', 'plain']
 
 # %% ../nbs/83_tasks.ipynb #4b0f0238
 from collections.abc import Callable
@@ -270,13 +271,13 @@ def score_table(
         X = probe_features(table.X, t['learn'], probe)
         if full:
             pred, choice, val = fit_probe(X, y, train, [(train, t['val'])], test, task.kind, probe)
-            out.append({**_row(task, probe, None, y[test], pred, again), **choice, 'val': round(val, 5), 'n_train': len(train), 'predictions': _plain(pred)})
+            out.append({**score_row(task, probe, None, y[test], pred, again), **choice, 'val': round(val, 5), 'n_train': len(train), 'predictions': plain(pred)})
         for n in few:
             sub = [draw_few(y[train], task.kind, n, seed) for seed in draws]
             if sub[0] is None:
                 continue
             found = [_few_shot(X, y, train[s], test, task.kind, probe) for s in sub]
-            out.append({**_row(task, probe, n, y[test], np.stack(found), again), 'n_train': len(sub[0]),
+            out.append({**score_row(task, probe, n, y[test], np.stack(found), again), 'n_train': len(sub[0]),
                         'draws': [round(task_score(task.kind, y[test], p), 5) for p in found]})
     return out
 
@@ -285,12 +286,12 @@ def _few_shot(X, y, rows, test, kind, probe):
     splits = _splitter(kind, 3, 0, False).split(rows, y[rows])
     return fit_probe(X, y, rows, [(rows[a], rows[b]) for a, b in splits], test, kind, probe)[0]
 
-def _row(task, probe, n_labels, true, pred, draws):
+def score_row(task, probe, n_labels, true, pred, draws):
     "Score and interval as they are stored."
     boot = task_score(task.kind, true, pred, draws)
     return {'probe': probe, 'n_labels': n_labels, 'score': round(task_score(task.kind, true, pred), 5), 'low': round(float(np.quantile(boot, .025)), 5),
             'high': round(float(np.quantile(boot, .975)), 5), 'spread': round(float(boot.std()), 5)}
 
-def _plain(values):
+def plain(values):
     "Codes as whole numbers, numbers with four digits."
     return np.asarray(values).tolist() if np.asarray(values).dtype.kind in 'iu' else [float(f'{v:.4g}') for v in values]
