@@ -6,9 +6,9 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/bench.html.md"""
 
 # %% auto #0
 __all__ = ['COMMON', 'TRAIN', 'BENCH_RECIPES', 'PROTOCOL', 'KINDS', 'CELL_FORMAT', 'Recipe', 'read_recipes', 'get_recipe',
-           'get_tasks', 'Job', 'Bench', 'config_of', 'settings_of', 'make_job', 'NotHere', 'pretrain', 'score_run',
-           'trained', 'untrained', 'pixels', 'supervised', 'own_answers', 'local_weights', 'imagenet', 'machine',
-           'write_cell', 'missing_tasks', 'bench']
+           'get_tasks', 'Job', 'Bench', 'config_of', 'settings_of', 'make_job', 'find_key', 'NotHere', 'pretrain',
+           'score_run', 'trained', 'untrained', 'pixels', 'supervised', 'own_answers', 'local_weights', 'imagenet',
+           'machine', 'write_cell', 'missing_tasks', 'bench']
 
 # %% ../nbs/84_bench.ipynb #5254b53b
 import hashlib
@@ -28,7 +28,7 @@ import galaxy_ssl
 from .augment import RECIPES
 from .batch import fit_preprocess
 from .callbacks import ProgressBar
-from .config import make_config, read_toml
+from .config import TrainConfig, make_config, read_toml
 from .core import CutoutError, atomic_write, key_seed, nearest
 from .embed import embed_cutouts, embed_rows
 from .methods import METHODS, make_method, method_class, method_settings
@@ -106,12 +106,8 @@ class Job:
     recipe: Recipe
     seed: int
     plan: dict     # everything the run depends on, the seed aside
+    key: str       # eight digits that change with the plan
     bench: 'Bench'
-
-    @property
-    def key(self):
-        "Eight digits that change with the plan."
-        return hashlib.sha256(json.dumps(self.plan, sort_keys=True).encode()).hexdigest()[:8]
 
     @property
     def work(self):
@@ -171,12 +167,41 @@ def make_job(
         defaults = {k: v for k, v in method_settings(plan['method']).items() if k not in ('n_bands', 'size')}
         plan['settings'] = {**defaults, **settings_of(recipe, name)}
     if recipe.kind in ('train', 'supervised'):
-        given = asdict(config_of(Job(name, recipe, seed, plan, bench), len(bench.learn), 'x'))
+        given = asdict(config_of(Job(name, recipe, seed, plan, '', bench), len(bench.learn), 'x'))
         look = given['recipe'] or method_class(plan['method']).recipe
         plan.update(budget=bench.budget, train={k: v for k, v in given.items() if k not in _FREE}, augmentation={look: RECIPES.get(look)})
-    return Job(name, recipe, seed, json.loads(json.dumps(plan, default=str)), bench)
+    plan = json.loads(json.dumps(plan, default=str))
+    return Job(name, recipe, seed, plan, find_key(name, plan, bench), bench)
 
 _FREE = ('data', 'out', 'seed', 'device', 'settings', 'method', 'size', 'save_every', 'log_every', 'figure_every', 'track', 'overwrite', 'bands')
+
+# %% ../nbs/84_bench.ipynb #a1fb0c0a
+def find_key(
+    name:str,    # of a line
+    plan:dict,
+    bench:Bench,
+)->str:          # eight hexadecimal digits
+    "The key of a plan: that of the results or runs there are of it, else a hash."
+    known = {}
+    for path in (*Path(bench.out).glob(f'{name}-????????/*.json'), *Path(bench.work).glob(f'{name}-????????-seed*/plan.json')):
+        key = path.parent.name.removeprefix(f'{name}-')[:8]
+        if key not in known:
+            known[key] = json.loads(path.read_text())['plan']
+    same = sorted(k for k, old in known.items() if old == plan or _newer(old, plan))
+    return same[0] if same else hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:8]
+
+def _newer(old, plan):
+    "Whether a plan is an old one with settings that are newer, at their defaults."
+    defaults = {'train': json.loads(json.dumps(asdict(TrainConfig()))), 'settings': method_settings(plan['method']) if plan['method'] in METHODS else {}}
+    for part, values in plan.items():
+        then = old.get(part)
+        if part in defaults and isinstance(then, dict):
+            added = values.keys() - then.keys()
+            if then != {k: v for k, v in values.items() if k not in added} or any(values[k] != defaults[part].get(k, ...) for k in added):
+                return False
+        elif then != values:
+            return False
+    return old.keys() == plan.keys()
 
 # %% ../nbs/84_bench.ipynb #2d66a75c
 class NotHere(CutoutError):
@@ -192,6 +217,8 @@ def pretrain(
     if (Path(out)/'done.json').exists():
         return load_run(out)
     cfg, began = config_of(job, len(cs), out, settings), time.perf_counter()
+    with atomic_write(job.work/'plan.json') as tmp:
+        tmp.write_text(json.dumps({'plan': job.plan}))
     run = train(cfg, cs, callbacks=[ProgressBar()])
     if not run.finished:
         raise KeyboardInterrupt('Stopped; finished cells and the run are kept. Run the same command again to go on.')
@@ -221,8 +248,8 @@ def score_run(
 
 def trained(job, tasks):
     "Pre-trained without labels."
-    run = pretrain(job, job.bench.learn, job.work)
-    yield from score_run(run, job, tasks, _facts(run, job.work))
+    run = pretrain(job, job.bench.learn, job.work/'run')
+    yield from score_run(run, job, tasks, _facts(run, job.work/'run'))
 
 def untrained(job, tasks):
     "The same network with random weights."
