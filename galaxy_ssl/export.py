@@ -7,7 +7,7 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/export.html.md"""
 # %% auto #0
 __all__ = ['same_vectors', 'freeze', 'model_card', 'export']
 
-# %% ../nbs/33_export.ipynb #cb43d484
+# %% ../nbs/33_export.ipynb #5058effd
 import json
 from pathlib import Path
 
@@ -18,11 +18,10 @@ import galaxy_ssl
 from .core import CutoutError, atomic_write
 from .encoders import Encoder
 from .frozen import Frozen, encoder_settings, timm_args
-from .methods import make_method
-from .runs import Run, load_run, load_state, load_weights, save_weights, write_config
+from .runs import Run, load_run, load_state, save_weights, write_config
 from .weights import encoder_parts
 
-# %% ../nbs/33_export.ipynb #66480bb7
+# %% ../nbs/33_export.ipynb #16a5ad44
 def _vectors(method, n_bands, size, seed=0):
     "Embeddings of random images, some pixels bad."
     draw = torch.Generator().manual_seed(seed)
@@ -54,7 +53,7 @@ def freeze(
             if same_vectors(expected, _vectors(frozen, settings['n_bands'], size)):
                 return frozen
 
-# %% ../nbs/33_export.ipynb #c6428727
+# %% ../nbs/33_export.ipynb #b11d7830
 def _timm_config(frozen, license):
     "What timm wants to find in config.json."
     arch, args = timm_args(frozen)
@@ -77,7 +76,7 @@ def _export_config(run, frozen, license):
         config |= _timm_config(frozen, license)
     return config
 
-# %% ../nbs/33_export.ipynb #6aef2491
+# %% ../nbs/33_export.ipynb #c866f05a
 _LOAD = """```python
 from galaxy_ssl.cutouts import open_cutouts
 from galaxy_ssl.embed import embed_cutouts
@@ -118,7 +117,7 @@ def _facts(run, config, frozen):
         rows['unfinished'] = 'training was stopped before its last step'
     return [{'': k, 'value': v} for k, v in rows.items()]
 
-# %% ../nbs/33_export.ipynb #371e0015
+# %% ../nbs/33_export.ipynb #84f88a48
 def _stretch_rows(pre):
     "The fitted numbers of the stretch, one row per band."
     stats = pre.stretch.config()['stats']
@@ -152,7 +151,7 @@ def model_card(
     terms = ['## License', license or 'The authors have not named a license: ask them before you use these weights.']
     return '\n\n'.join(['\n'.join(front), *(p for p in head if p), *data, *pixels, *use, *found, *terms]) + '\n'
 
-# %% ../nbs/33_export.ipynb #0481e236
+# %% ../nbs/33_export.ipynb #c793d773
 _FILES = ('model.safetensors', 'config.json', 'README.md')
 
 def _check_target(folder, overwrite):
