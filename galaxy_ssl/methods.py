@@ -47,6 +47,7 @@ class SSLMethod(nn.Module):
     def fill_settings(cls,
         cs,             # CutoutSet of the training split
         settings:dict,  # as given
+        pre,            # the fitted `Preprocess` of the run
     )->dict:
         "The settings as they are; a method that needs to look at the cutouts completes them here."
         return settings
@@ -64,10 +65,16 @@ class SSLMethod(nn.Module):
 # %% ../nbs/21_methods.ipynb #28dfccb8
 METHODS = {
     'mae': 'galaxy_ssl.mae:MAE',
-    'supervised': 'galaxy_ssl.supervised:Supervised',
-    'hybrid': 'galaxy_ssl.hybrid:Hybrid',
     'simmim': 'galaxy_ssl.simmim:SimMIM',
     'lvm': 'galaxy_ssl.lvm:LVM',
+    'vae': 'galaxy_ssl.vae:VAE',
+    'simclr': 'galaxy_ssl.simclr:SimCLR',
+    'moco': 'galaxy_ssl.moco:MoCo',
+    'byol': 'galaxy_ssl.byol:BYOL',
+    'vicreg': 'galaxy_ssl.vicreg:VICReg',
+    'dino': 'galaxy_ssl.dino:DINO',
+    'supervised': 'galaxy_ssl.supervised:Supervised',
+    'hybrid': 'galaxy_ssl.hybrid:Hybrid',
 }
 
 LOADED = {'frozen': 'galaxy_ssl.frozen:Frozen'}  # what a run folder may hold besides: it embeds, and cannot be trained
