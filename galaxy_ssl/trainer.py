@@ -22,7 +22,6 @@ from fastcore.basics import patch
 
 from .across import alone
 from .batch import Loader, fit_preprocess, to_device
-from .callbacks import memory_use
 from .catalogs import hold_out
 from .config import TrainConfig, make_config
 from .core import CutoutError, atomic_write
@@ -33,6 +32,7 @@ from .nets import save_memory
 from .optim import learning_rate, make_optimizer, peak_rate
 from .precision import describe, scope
 from .runs import Run, load_resume, load_state, read_config, read_log, save_resume, save_weights, write_config
+from .weights import start_from
 from .world import gather, total_over
 
 # %% ../nbs/32_trainer.ipynb #49111f33
@@ -43,7 +43,7 @@ class Trainer:
     "The loop: batches in, weights, log and figures out."
 
     def __init__(self, cfg, cs, world, stop, callbacks=()):
-        self.cfg, self.cs, self.world, self.stop = cfg, cs, world, stop
+        self.cfg, self.world, self.stop = cfg, world, stop
         self.folder = Path(cfg.out)
         self.callbacks = list(callbacks) if world.first else []
         self.train_set, self.val_set, self.split = split_off(cs, cfg)
@@ -63,14 +63,17 @@ class Trainer:
     def build(self):
         "Fit the preprocessing, make the network, or take both from an unfinished run."
         cfg, device, cs = self.cfg, self.world.device, self.train_set
-        settings = method_class(cfg.method).fill_settings(cs, cfg.settings)
+        pre = fit_preprocess(cs, cfg.size, cfg.field, cfg.stretch, cfg.augment, seed=cfg.seed)
+        settings = method_class(cfg.method).fill_settings(cs, cfg.settings, pre)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             method = make_method(cfg.method, n_bands=len(cs.bands), size=cfg.size, **settings)
         self.suit(method)
-        pre = fit_preprocess(cs, cfg.size, cfg.field, cfg.stretch, cfg.augment, cfg.recipe or method.recipe, seed=cfg.seed)
+        pre.use_recipe(cfg.recipe or method.recipe)
         config = {'method': cfg.method, 'settings': method.settings, 'preprocess': pre.config(), 'bands': list(pre.bands), 'survey': cs.survey, 'unit': cs.unit,
                   'pixscale': None if math.isnan(cs.pixscale) else cs.pixscale, 'n_train': len(cs), 'train': _saved(cfg), 'compute': describe(device, cfg.precision)}
+        if cfg.init and not (self.folder/'resume.pt').exists():
+            config['init'] = self.start(method, pre.bands)
         self.run = Run(self.folder, config, method.to(device), pre.to(device))
         self.optimizer = make_optimizer(method, cfg.lr, cfg.weight_decay, cfg.betas)
         self.model = self.spread(method)
@@ -94,6 +97,14 @@ def suit(self:Trainer, method):
     self.loader.columns = method.label_columns
     if self.cfg.save_memory and not save_memory(method):
         warnings.warn(f'{self.cfg.method} has no part that could save memory')
+
+@patch
+def start(self:Trainer, method, bands):
+    "Fill the encoder with the weights that `cfg.init` names; gives what became of them."
+    report = start_from(method, self.cfg.init, self.cfg.trust, bands=bands)
+    if self.world.first:
+        print(report)
+    return report.config()
 
 @patch
 def spread(self:Trainer, method):
@@ -127,7 +138,7 @@ def _saved(cfg):
     return json.loads(json.dumps(asdict(cfg)))
 
 # %% ../nbs/32_trainer.ipynb #6f7470b7
-_FREE = ('out', 'device', 'save_every', 'figure_every', 'probe', 'probe_every', 'gauge_every', 'track', 'overwrite', 'data')
+_FREE = ('out', 'device', 'save_every', 'figure_every', 'track', 'overwrite', 'data', 'trust')
 
 @patch
 def restore(self:Trainer):
@@ -291,9 +302,8 @@ def log_step(self:Trainer, images):
            'lr': self.optimizer.param_groups[0]['lr'], **self.read_terms(mean)}
     self.write_log('log.jsonl', row)
     seconds = time.perf_counter() - self.clock
-    speed = {'images_per_s': images/seconds, 'waiting': self.waited/seconds, **memory_use(self.world.device)}
-    self.write_log('speed.jsonl', {'step': row['step'], 'epoch': row['epoch'], **speed})
-    self.tell('on_log', {**row, **speed})
+    self.write_log('speed.jsonl', {'step': self.step, 'images_per_s': images/seconds if seconds > 0 else None})
+    self.tell('on_log', row)
 
 @patch
 def end_epoch(self:Trainer):
@@ -318,20 +328,19 @@ def fit(self:Trainer):
     "Run to the end, or until asked to stop. Returns whether it is finished."
     cfg = self.cfg
     self.tell('on_start')
-    self.clock, self.waited, images = time.perf_counter(), 0.0, 0
+    self.clock, images = time.perf_counter(), 0
     while self.step < self.total_steps:
         start = self.step % self.steps_per_epoch
         batches = self.loader.epoch(self.epoch, start*cfg.accum)
         for _ in range(start, self.steps_per_epoch):
-            n = self.train_step(self.take(batches))
+            n = self.train_step([next(batches) for _ in range(cfg.accum)])
             images += n*self.world.size
             self.tell('on_step', n*self.world.size)
             if self.step % cfg.log_every == 0 or self.step % self.steps_per_epoch == 0:
                 self.log_step(images)
-                images, self.waited = 0, 0.0
-                if self.step % self.steps_per_epoch == 0:
-                    self.end_epoch()
-                self.clock = time.perf_counter()
+                self.clock, images = time.perf_counter(), 0
+            if self.step % self.steps_per_epoch == 0:
+                self.end_epoch()
             asked = self.asked()
             if asked or self.step % cfg.save_every == 0 or self.step == self.total_steps:
                 self.save()
@@ -342,14 +351,6 @@ def fit(self:Trainer):
             break
     self.tell('on_end')
     return self.step == self.total_steps
-
-@patch
-def take(self:Trainer, batches):
-    "The small batches of one step; the time it takes to get them is noted."
-    start = time.perf_counter()
-    step = [next(batches) for _ in range(self.cfg.accum)]
-    self.waited += time.perf_counter() - start
-    return step
 
 @patch
 def asked(self:Trainer):

@@ -1,14 +1,13 @@
 """Every method of the registry: the contract, two processes against one, and an interruption in the middle of an epoch."""
 import json
 
-import common
 import jobs
 import numpy as np
 import pytest
 import torch
 
 from galaxy_ssl.callbacks import Callback
-from galaxy_ssl.methods import METHODS, check_method, method_class, method_settings
+from galaxy_ssl.methods import METHODS, check_method, method_settings
 from galaxy_ssl.synthetic import synthetic_cutouts
 
 SMALL = {'patch': 8, 'preset': 'micro'}
@@ -18,7 +17,7 @@ def settings_of(name):
     """Small settings, as far as the method has them."""
     known = method_settings(name)
     chosen = {k: v for k, v in SMALL.items() if k in known}
-    return {**chosen, **getattr(method_class(name), 'check_with', {})}
+    return {**chosen, 'settings': SMALL} if name == 'hybrid' else chosen
 
 
 def config(name, out, **changes):
