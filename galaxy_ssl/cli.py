@@ -1,4 +1,4 @@
-"""`galaxy_ssl demo | train | embed | repack | download`: the same functions as in a notebook, for scripts, queues and terminals.
+"""`galaxy_ssl demo | train | throughput | embed | repack | download`: the same functions as in a notebook, for scripts, queues and terminals.
 
 Docs: https://galaxy-ssl.github.io/galaxy_ssl/cli.html.md"""
 
@@ -23,6 +23,7 @@ HELP = f"""galaxy_ssl {galaxy_ssl.__version__}: learn from galaxy images without
 
   galaxy_ssl demo                                  the whole story on the Hubble eXtreme Deep Field, minutes, offline
   galaxy_ssl train --data cutouts.h5 --out runs/a  pre-train an encoder; again to resume
+  galaxy_ssl throughput --data cutouts.h5          how fast that would go, and what it waits for; --steps N
   galaxy_ssl embed runs/a cutouts.h5 --out t.parquet
                                                    embeddings of every object
   galaxy_ssl download galaxy10-sdss                a standard data set; without a name: what there is
@@ -123,7 +124,11 @@ def _train(argv):
     from galaxy_ssl.train import main as train_main
     train_main(argv)
 
-COMMANDS = {'demo': _demo, 'train': _train, 'embed': _embed, 'repack': _repack, 'download': _download}
+def _throughput(argv):
+    from galaxy_ssl.throughput import main as throughput_main
+    throughput_main(argv)
+
+COMMANDS = {'demo': _demo, 'train': _train, 'throughput': _throughput, 'embed': _embed, 'repack': _repack, 'download': _download}
 
 def main(
     argv=None,  # words after `galaxy_ssl`; None = those of this process
