@@ -67,6 +67,12 @@ METHODS = {
     'mae': 'galaxy_ssl.mae:MAE',
     'simmim': 'galaxy_ssl.simmim:SimMIM',
     'lvm': 'galaxy_ssl.lvm:LVM',
+    'vae': 'galaxy_ssl.vae:VAE',
+    'simclr': 'galaxy_ssl.simclr:SimCLR',
+    'moco': 'galaxy_ssl.moco:MoCo',
+    'byol': 'galaxy_ssl.byol:BYOL',
+    'vicreg': 'galaxy_ssl.vicreg:VICReg',
+    'dino': 'galaxy_ssl.dino:DINO',
     'supervised': 'galaxy_ssl.supervised:Supervised',
     'hybrid': 'galaxy_ssl.hybrid:Hybrid',
 }
