@@ -40,6 +40,10 @@ class Draws:
         "Standard normal parameters, the same for an image whatever the number of processes."
         return torch.randn(n*self.world, *shape, generator=self._shared, device=self.device)[self.rank::self.world]
 
+    def once(self, *shape):
+        "Uniform parameters of the batch as a whole, the same in every process."
+        return torch.rand(shape, generator=self._shared, device=self.device)
+
     def noise(self, shape):
         "Standard normal values for pixels, keyed by the process too."
         return torch.randn(*shape, generator=self._own, device=self.device)
