@@ -7,7 +7,7 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/export.html.md"""
 # %% auto #0
 __all__ = ['same_vectors', 'freeze', 'model_card', 'export']
 
-# %% ../nbs/33_export.ipynb #67dd90bf
+# %% ../nbs/33_export.ipynb #5058effd
 import json
 from pathlib import Path
 
@@ -18,11 +18,10 @@ import galaxy_ssl
 from .core import CutoutError, atomic_write
 from .encoders import Encoder
 from .frozen import Frozen, encoder_settings, timm_args
-from .methods import make_method
-from .runs import Run, load_run, load_state, load_weights, save_weights, write_config
+from .runs import Run, load_run, load_state, save_weights, write_config
 from .weights import encoder_parts
 
-# %% ../nbs/33_export.ipynb #4273acf4
+# %% ../nbs/33_export.ipynb #16a5ad44
 def _vectors(method, n_bands, size, seed=0):
     "Embeddings of random images, some pixels bad."
     draw = torch.Generator().manual_seed(seed)
@@ -54,7 +53,7 @@ def freeze(
             if same_vectors(expected, _vectors(frozen, settings['n_bands'], size)):
                 return frozen
 
-# %% ../nbs/33_export.ipynb #2842140f
+# %% ../nbs/33_export.ipynb #b11d7830
 def _timm_config(frozen, license):
     "What timm wants to find in config.json."
     arch, args = timm_args(frozen)
@@ -69,6 +68,7 @@ def _export_config(run, frozen, license):
     train = {k: v for k, v in run.config.get('train', {}).items() if k not in ('out', 'data', 'init', 'device', 'track')}
     config = {k: v for k, v in run.config.items() if k not in ('format', 'version', 'versions', 'init')}
     config |= {'train': train, 'license': license, 'trained_with': run.config.get('versions', {})}
+    config['preprocess'] = {**config['preprocess'], 'augment': {k: '' if k.endswith('_table') else v for k, v in config['preprocess']['augment'].items()}}
     if 'init' in run.config:
         config['init'] = {'source': Path(run.config['init']['source']).name, 'found': run.config['init']['found']}
     if frozen is not None:
@@ -76,7 +76,7 @@ def _export_config(run, frozen, license):
         config |= _timm_config(frozen, license)
     return config
 
-# %% ../nbs/33_export.ipynb #6cdd54ec
+# %% ../nbs/33_export.ipynb #c866f05a
 _LOAD = """```python
 from galaxy_ssl.cutouts import open_cutouts
 from galaxy_ssl.embed import embed_cutouts
@@ -86,7 +86,7 @@ run = load_run('.')  # this folder
 table = embed_cutouts(run, open_cutouts('cutouts.h5'))
 ```"""
 
-_TIMM = """With timm alone, on images that went through the same preprocessing (`run.preprocess`, or the formula above):
+_TIMM = """With timm alone, on images that went through the same preprocessing (`run.preprocess`):
 
 ```python
 import timm
@@ -110,14 +110,14 @@ def _facts(run, config, frozen):
     settings = ', '.join(f'{k}={v}' for k, v in trained['settings'].items() if v is not None)
     rows = {'method': f'`{trained["method"]}` ({settings})', 'survey': config.get('survey') or 'unknown', 'bands': ', '.join(pre.bands), 'unit of the pixels': config.get('unit'),
             'pixel scale of the cutouts': scale, 'field': f'{pre.field} pixels, resampled to {pre.size}', 'training objects': f'{config.get("n_train", 0):,}',
-            'epochs': log.get('epochs', 'unknown'), 'batch size': log.get('batch_size', 'unknown'), 'vector': f'{run.method.embed_dim} numbers',
+            'training': ', '.join(f'{k} {log[k]}' for k in ('epochs', 'batch_size', 'lr', 'weight_decay', 'precision', 'recipe', 'seed') if log.get(k) is not None), 'vector': f'{run.method.embed_dim} numbers',
             'parameters': f'{sum(p.numel() for p in (frozen or run.method).parameters())/1e6:.2f} M', 'started from': config.get('init', {}).get('source', 'random weights'),
             'trained with': ', '.join(f'{k} {v}' for k, v in config.get('trained_with', {}).items()) or 'unknown'}
     if not run.finished:
         rows['unfinished'] = 'training was stopped before its last step'
     return [{'': k, 'value': v} for k, v in rows.items()]
 
-# %% ../nbs/33_export.ipynb #a45d13b2
+# %% ../nbs/33_export.ipynb #84f88a48
 def _stretch_rows(pre):
     "The fitted numbers of the stretch, one row per band."
     stats = pre.stretch.config()['stats']
@@ -142,7 +142,8 @@ def model_card(
     stretch = pre.stretch.config()
     head = [f'# {title}', about, f'Trained without labels by [galaxy_ssl](https://galaxy-ssl.github.io/galaxy_ssl) {galaxy_ssl.__version__}. It turns a cutout of a galaxy into {run.method.embed_dim} numbers.']
     data = ['## Training', _table(_facts(run, config, frozen))]
-    pixels = ['## Preprocessing', f'The central {pre.field} pixels, resampled to {pre.size}; stretch `{stretch["name"]}` {json.dumps(stretch.get("settings", {}))} with these numbers; bad pixels become 0. '
+    formula = f', that is {stretch["name"]}((flux - level)/(softening*sigma))/norm,' if set(stretch['stats']) == {'level', 'sigma', 'norm'} else ''
+    pixels = ['## Preprocessing', f'The central {pre.field} pixels, resampled to {pre.size}; stretch `{stretch["name"]}` {json.dumps(stretch.get("settings", {}))}{formula} with these numbers; bad pixels become 0. '
               'All of it is in `config.json` and is applied by `run.preprocess`.', _table(_stretch_rows(pre))]
     use = ['## Use', _LOAD, *([_TIMM] if frozen else []), 'As the start of another training, with other bands and sizes if need be:',
            '```\ngalaxy_ssl train --data cutouts.h5 --out runs/mine --init .\n```']
@@ -150,7 +151,7 @@ def model_card(
     terms = ['## License', license or 'The authors have not named a license: ask them before you use these weights.']
     return '\n\n'.join(['\n'.join(front), *(p for p in head if p), *data, *pixels, *use, *found, *terms]) + '\n'
 
-# %% ../nbs/33_export.ipynb #db4c5623
+# %% ../nbs/33_export.ipynb #c793d773
 _FILES = ('model.safetensors', 'config.json', 'README.md')
 
 def _check_target(folder, overwrite):

@@ -7,17 +7,15 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/frozen.html.md"""
 # %% auto #0
 __all__ = ['Frozen', 'encoder_settings', 'timm_args']
 
-# %% ../nbs/26_frozen.ipynb #fb4fd98a
-import inspect
-
+# %% ../nbs/26_frozen.ipynb #a63908ce
 import timm
 import torch
 
 from .core import CutoutError
-from .encoders import SWIN_PRESETS, Encoder, ViT
+from .encoders import SWIN_PRESETS, Encoder
 from .methods import SSLMethod
 
-# %% ../nbs/26_frozen.ipynb #cae1230b
+# %% ../nbs/26_frozen.ipynb #24722aaa
 class Frozen(SSLMethod):
     "An encoder to embed with, not to train."
 
@@ -61,7 +59,7 @@ class Frozen(SSLMethod):
         "One vector per object."
         return self.encoder(image, ~image.isfinite() if bad is None else bad, pool)
 
-# %% ../nbs/26_frozen.ipynb #c943387b
+# %% ../nbs/26_frozen.ipynb #8dc0d9dc
 def encoder_settings(
     body,  # `ViT` or `TimmNet`, the body of an `Encoder`, or a MAE, which has the same parts
 )->dict:   # arguments of `Encoder`, n_bands and size aside

@@ -45,11 +45,11 @@ class Hybrid(SSLMethod):
             self.reconstruct = self.ssl.reconstruct
 
     @classmethod
-    def fill_settings(cls, cs, settings):
+    def fill_settings(cls, cs, settings, pre):
         "What both halves need of the training split."
         method, own = settings.get('method', 'mae'), settings.get('settings') or {}
         check_settings(method, own)
-        return fill_labels(cs.meta, {**settings, 'settings': method_class(method).fill_settings(cs, own)})
+        return fill_labels(cs.meta, {**settings, 'settings': method_class(method).fill_settings(cs, own, pre)})
 
     def forward(self,
         batch:dict,  # what the method needs, and the label columns

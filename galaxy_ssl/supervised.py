@@ -40,7 +40,7 @@ class Supervised(SSLMethod):
         self.poolings = (pool, *(p for p in self.encoder.poolings if p != pool))
 
     @classmethod
-    def fill_settings(cls, cs, settings):
+    def fill_settings(cls, cs, settings, pre):
         "The classes, or mean and spread, of the training split."
         return fill_labels(cs.meta, settings)
 

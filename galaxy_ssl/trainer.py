@@ -22,6 +22,7 @@ from fastcore.basics import patch
 
 from .across import alone
 from .batch import Loader, fit_preprocess, to_device
+from .callbacks import memory_use
 from .catalogs import hold_out
 from .config import TrainConfig, make_config
 from .core import CutoutError, atomic_write
@@ -43,7 +44,7 @@ class Trainer:
     "The loop: batches in, weights, log and figures out."
 
     def __init__(self, cfg, cs, world, stop, callbacks=()):
-        self.cfg, self.world, self.stop = cfg, world, stop
+        self.cfg, self.cs, self.world, self.stop = cfg, cs, world, stop
         self.folder = Path(cfg.out)
         self.callbacks = list(callbacks) if world.first else []
         self.train_set, self.val_set, self.split = split_off(cs, cfg)
@@ -63,12 +64,13 @@ class Trainer:
     def build(self):
         "Fit the preprocessing, make the network, or take both from an unfinished run."
         cfg, device, cs = self.cfg, self.world.device, self.train_set
-        settings = method_class(cfg.method).fill_settings(cs, cfg.settings)
+        pre = fit_preprocess(cs, cfg.size, cfg.field, cfg.stretch, cfg.augment, seed=cfg.seed)
+        settings = method_class(cfg.method).fill_settings(cs, cfg.settings, pre)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             method = make_method(cfg.method, n_bands=len(cs.bands), size=cfg.size, **settings)
         self.suit(method)
-        pre = fit_preprocess(cs, cfg.size, cfg.field, cfg.stretch, cfg.augment, cfg.recipe or method.recipe, seed=cfg.seed)
+        pre.use_recipe(cfg.recipe or method.recipe)
         config = {'method': cfg.method, 'settings': method.settings, 'preprocess': pre.config(), 'bands': list(pre.bands), 'survey': cs.survey, 'unit': cs.unit,
                   'pixscale': None if math.isnan(cs.pixscale) else cs.pixscale, 'n_train': len(cs), 'train': _saved(cfg), 'compute': describe(device, cfg.precision)}
         if cfg.init and not (self.folder/'resume.pt').exists():
@@ -137,7 +139,7 @@ def _saved(cfg):
     return json.loads(json.dumps(asdict(cfg)))
 
 # %% ../nbs/32_trainer.ipynb #6f7470b7
-_FREE = ('out', 'device', 'save_every', 'figure_every', 'track', 'overwrite', 'data', 'trust')
+_FREE = ('out', 'device', 'save_every', 'figure_every', 'probe', 'probe_every', 'gauge_every', 'track', 'overwrite', 'data', 'trust')
 
 @patch
 def restore(self:Trainer):
@@ -301,8 +303,9 @@ def log_step(self:Trainer, images):
            'lr': self.optimizer.param_groups[0]['lr'], **self.read_terms(mean)}
     self.write_log('log.jsonl', row)
     seconds = time.perf_counter() - self.clock
-    self.write_log('speed.jsonl', {'step': self.step, 'images_per_s': images/seconds if seconds > 0 else None})
-    self.tell('on_log', row)
+    speed = {'images_per_s': images/seconds, 'waiting': self.waited/seconds, **memory_use(self.world.device)}
+    self.write_log('speed.jsonl', {'step': row['step'], 'epoch': row['epoch'], **speed})
+    self.tell('on_log', {**row, **speed})
 
 @patch
 def end_epoch(self:Trainer):
@@ -327,19 +330,20 @@ def fit(self:Trainer):
     "Run to the end, or until asked to stop. Returns whether it is finished."
     cfg = self.cfg
     self.tell('on_start')
-    self.clock, images = time.perf_counter(), 0
+    self.clock, self.waited, images = time.perf_counter(), 0.0, 0
     while self.step < self.total_steps:
         start = self.step % self.steps_per_epoch
         batches = self.loader.epoch(self.epoch, start*cfg.accum)
         for _ in range(start, self.steps_per_epoch):
-            n = self.train_step([next(batches) for _ in range(cfg.accum)])
+            n = self.train_step(self.take(batches))
             images += n*self.world.size
             self.tell('on_step', n*self.world.size)
             if self.step % cfg.log_every == 0 or self.step % self.steps_per_epoch == 0:
                 self.log_step(images)
-                self.clock, images = time.perf_counter(), 0
-            if self.step % self.steps_per_epoch == 0:
-                self.end_epoch()
+                images, self.waited = 0, 0.0
+                if self.step % self.steps_per_epoch == 0:
+                    self.end_epoch()
+                self.clock = time.perf_counter()
             asked = self.asked()
             if asked or self.step % cfg.save_every == 0 or self.step == self.total_steps:
                 self.save()
@@ -350,6 +354,14 @@ def fit(self:Trainer):
             break
     self.tell('on_end')
     return self.step == self.total_steps
+
+@patch
+def take(self:Trainer, batches):
+    "The small batches of one step; the time it takes to get them is noted."
+    start = time.perf_counter()
+    step = [next(batches) for _ in range(self.cfg.accum)]
+    self.waited += time.perf_counter() - start
+    return step
 
 @patch
 def asked(self:Trainer):

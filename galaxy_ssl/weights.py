@@ -7,12 +7,11 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/weights.html.md"""
 # %% auto #0
 __all__ = ['EncoderPart', 'encoder_parts', 'read_source', 'start_from']
 
-# %% ../nbs/31_weights.ipynb #f93f633d
-import re
+# %% ../nbs/31_weights.ipynb #cb2841cf
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import timm
 from torch import nn
 
 from .checkpoint import flat_weights, read_checkpoint
@@ -23,7 +22,7 @@ from .hub import PREFIXES, find_weights
 from .nets import patch_grid, vit_dims
 from .runs import RUN_FORMAT, load_weights, read_config
 
-# %% ../nbs/31_weights.ipynb #d342b5b3
+# %% ../nbs/31_weights.ipynb #236f1152
 @dataclass
 class EncoderPart:
     "An encoder inside a method, with its weights under the names of timm."
@@ -60,7 +59,7 @@ def encoder_parts(
         names = [n for n in names if n.startswith(_VIT_NAMES)]
     return [EncoderPart(method, names, getattr(method, 'grid', None))]
 
-# %% ../nbs/31_weights.ipynb #69797ed5
+# %% ../nbs/31_weights.ipynb #a83b91b1
 def _run_facts(config):
     "What the config of a run says about its encoder."
     settings = config['settings']
@@ -95,7 +94,7 @@ def read_source(
         raise CutoutError(source, 'no such file or folder', f'For the weights of timm write timm:{source}')
     return flat_weights(read_checkpoint(path, trust), path), {}
 
-# %% ../nbs/31_weights.ipynb #3095e774
+# %% ../nbs/31_weights.ipynb #bf0fe126
 def _first_layer(module):
     "Name of the first kernel, and whether it cuts the image into patches."
     for name, m in module.named_modules():
