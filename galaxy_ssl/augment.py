@@ -36,11 +36,11 @@ class AugmentConfig:
     dust_table: str = ''    # change E(B-V) as it varies over this survey, e.g. legacy-dr9-south
     psf_table: str = ''     # blur each band to a seeing drawn from this survey
     noise_table: str = ''   # add noise to each band up to a level drawn from this survey
-    shift: float = 0.       # shift the crop by up to this fraction of its side, besides `jitter`
-    crop: float = 0.        # see only a part of the field, from anywhere in it, whose side is smaller by up to this fraction
-    gain: float = 0.        # make each band brighter or fainter by up to this fraction: its calibration
+    shift: float = 0.       # shift the image by up to this fraction of its side along each axis, besides `jitter`
+    crop: float = 0.        # see a part of the image, from anywhere in it, magnified: its side is smaller by up to this fraction
+    gain: float = 0.        # make each band brighter or fainter by up to this fraction: calibration
     bright: float = 0.      # make all bands together brighter or fainter by up to this fraction
-    grain: float = 0.       # noise of up to this sigma in units of the spread of the image
+    grain: float = 0.       # add noise of up to this fraction of the image's own spread: for composites, which have no sky noise
 
     def __post_init__(self):
         for k in ('jitter', 'zoom', 'noise', 'blur', 'drop_bands', 'redden', 'shift', 'crop', 'gain', 'bright', 'grain'):
@@ -48,6 +48,9 @@ class AugmentConfig:
                 raise CutoutError('augment', f'{k} is {getattr(self, k)}', 'Use zero or more', key=k)
         if self.drop_bands > 1:
             raise CutoutError('augment', f'drop_bands is {self.drop_bands}', 'It is a probability, at most 1', key='drop_bands')
+        for k in ('crop', 'gain', 'bright'):
+            if getattr(self, k) >= 1:
+                raise CutoutError('augment', f'{k} is {getattr(self, k)}', 'It is a fraction, below 1', key=k)
         for k in ('dust_table', 'psf_table', 'noise_table'):
             if getattr(self, k):
                 get_spread(getattr(self, k), k)
@@ -76,12 +79,13 @@ def draw_params(
                  seeing=normal[:,0,1:],             # (n,bands) standard normal
                  sky=normal[:,1,1:])                # (n,bands) standard normal
     if cfg.shift or cfg.crop or cfg.gain or cfg.bright or cfg.grain:
-        v = 2*draws.uniform(n, 6 + bands) - 1
-        part = 1 - cfg.crop*(v[:,0] + 1)/2          # (n,) side of the part that is seen, in sides of the crop
+        v, w = 2*draws.uniform(n, 5 + bands) - 1, draws.uniform(n, 2)
+        part = 1 - cfg.crop*w[:,0]                  # (n,) side of the part that is seen, in sides of the image
         p.update(part=part,
-                 away=v[:,1:3]*cfg.shift + v[:,3:5]*(1 - part[:,None])/2, # (n,2) shift in x and y, in sides of the crop
-                 gain=(1 + cfg.gain*v[:,6:])*(1 + cfg.bright*v[:,5:6]),  # (n,bands) factors
-                 grain=cfg.grain*(draws.uniform(n)))
+                 away=v[:,:2]*cfg.shift,            # (n,2) in x and y, sides of the image
+                 place=v[:,2:4]*(1 - part[:,None])/2, # (n,2) of the part in x and y, from the outermost pixel to the other
+                 gain=(1 + cfg.gain*v[:,5:])*(1 + cfg.bright*v[:,4:5]),  # (n,bands) factor
+                 grain=w[:,1]*cfg.grain)            # spreads of the image
     return p
 
 # %% ../nbs/12_augment.ipynb #ecc2e4df
@@ -206,8 +210,7 @@ def augment(
         raise CutoutError('augment', 'noise needs sky_sigma', 'Give the sky noise of each band', key='noise')
     p = draw_params(*flux.shape[:2], cfg, draws)
     if 'part' in p:
-        p['zoom'] = p['zoom']/p['part']
-        p['shift'] = p['shift'] + p['away']*size
+        p.update(zoom=p['zoom']/p['part'], shift=p['shift'] + p['away']*size + p['place']*(size - 1))
     x = new_pixels(*flux.shape[:2], size, size, device=flux.device)
     for s in slabs(flux):
         x[s] = _move(flux[s], None if bad is None else bad[s], {k: v[s] for k, v in p.items()}, cfg, size)
@@ -224,7 +227,7 @@ def augment(
     if cfg.gain or cfg.bright:
         x = x*p['gain'][...,None,None]
     if cfg.grain:
-        x = x + draws.noise(x.shape)*(p['grain'][:,None,None,None]*x.nan_to_num().std((1,2,3), keepdim=True))
+        x = add_noise(x, p['grain'], x.nan_to_num().std((1,2,3))[:,None], draws)
     if cfg.drop_bands:
         x = drop_bands(x, p['band'], cfg.drop_bands)
     return x, ~finite(x)
