@@ -20,13 +20,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from .augment import AugmentConfig, augment, centre_crop, check_augment, mark_bad, resize_flux, with_recipe
+from .augment import AugmentConfig, augment, check_augment, mark_bad, with_recipe
 from .conditions import Conditions
 from .core import CutoutError, keyed_rng
 from .cutouts import CutoutSet
 from .draws import draws_of
+from .geometry import centre_crop, resize_flux
+from .memory import all_finite, finite
 from .rows import page_aligned, slabs
-from .stretch import Stretch, all_finite, finite, make_stretch, sky_stats
+from .stretch import Stretch, make_stretch, sky_stats
 from .surveys import SURVEYS
 
 # %% ../nbs/13_batch.ipynb #1ec55d3a

@@ -97,6 +97,7 @@ class DINO(TaughtMethod):
         self.local_views = local_views
         self.local_size = (local_size or max(step, min(as_hw(size))//2//step*step)) if local_views else None
         self.register_buffer('center', torch.zeros(prototypes))
+        self.register_buffer('centered', torch.tensor(0))
         self.register_buffer('steps', torch.tensor([0, 1]))
 
     @property
@@ -110,6 +111,14 @@ class DINO(TaughtMethod):
         risen = (self.progress/s['warmup']).clamp(max=1) if s['warmup'] else 1.
         return s['warmup_temp'] + (s['teacher_temp'] - s['warmup_temp'])*risen
 
+    def _center(self, mean):
+        "What to subtract from the teacher: the mean of the batches before, of this one where there were none."
+        center = torch.where(self.centered > 0, self.center, mean)
+        if self.training:
+            self.centered += 1
+            self.center.lerp_(mean, (1/self.centered).clamp(min=1 - self.settings['center_momentum']))
+        return center
+
     def forward(self,
         batch:dict,  # views, view_bad; local, local_bad
     )->dict:         # loss: scalar; entropy of the teacher; gap between both
@@ -121,9 +130,8 @@ class DINO(TaughtMethod):
         found = [self.student(*v) for v in views]
         if self.local_views:
             found += self.student(torch.cat(batch['local']), torch.cat(batch['local_bad'])).chunk(len(batch['local']))
-        loss, entropy = distillation_loss(torch.stack(found), goal, self.center, self.settings['student_temp'], self._teacher_temp())
-        if self.training:
-            self.center.lerp_(gather_rows(goal.mean(0)).mean(0), 1 - self.settings['center_momentum'])
+        center = self._center(gather_rows(goal.mean(0)).mean(0))
+        loss, entropy = distillation_loss(torch.stack(found), goal, center, self.settings['student_temp'], self._teacher_temp())
         return {'loss': loss, 'entropy': entropy.detach(), 'gap': loss.detach() - entropy.detach()}
 
     def after_step(self,

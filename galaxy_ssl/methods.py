@@ -64,8 +64,10 @@ class SSLMethod(nn.Module):
 # %% ../nbs/21_methods.ipynb #28dfccb8
 METHODS = {
     'mae': 'galaxy_ssl.mae:MAE',
+    'simclr': 'galaxy_ssl.simclr:SimCLR',
     'moco': 'galaxy_ssl.moco:MoCo',
     'byol': 'galaxy_ssl.byol:BYOL',
+    'vicreg': 'galaxy_ssl.vicreg:VICReg',
     'dino': 'galaxy_ssl.dino:DINO',
 }
 
