@@ -65,6 +65,8 @@ def distillation_loss(
 # %% ../nbs/26_dino.ipynb #f082ceac
 class DINO(TaughtMethod):
     "Self-distillation with no labels (arXiv:2104.14294)."
+    learns_by = 'gap'
+    check_with = {'prototypes': 64, 'momentum': 0.9}
 
     def __init__(self, *,
         n_bands:int,               # bands C
@@ -95,6 +97,8 @@ class DINO(TaughtMethod):
         self._build(lambda d: DINOHead(d, hidden, bottleneck, prototypes), pool, momentum, settings)
         step = self.student.encoder.stride
         self.local_views = local_views
+        if local_size and (local_size % step or local_size > min(as_hw(size))):
+            raise CutoutError('local_size', f'{local_size} px are not whole patches of {step} px within the image', f'Use {" or ".join(map(str, nearest_sizes(local_size, step)))}')
         self.local_size = (local_size or max(step, min(as_hw(size))//2//step*step)) if local_views else None
         self.register_buffer('center', torch.zeros(prototypes))
         self.register_buffer('centered', torch.tensor(0))

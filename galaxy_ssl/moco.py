@@ -94,6 +94,14 @@ class MoCo(TaughtMethod):
             self._build(lambda d: make_head('moco', d, hidden=hidden, out=out), pool, momentum, settings, batch_stats=True)
             self.predictor = make_head('moco_prediction', out, hidden=hidden, out=out)
 
+    @classmethod
+    def fill_settings(cls,
+        cs,             # CutoutSet of the training split
+        settings:dict,  # as given
+    )->dict:
+        "A queue that holds no key of the galaxy that asks: at most a quarter of the training set."
+        return {**settings, 'queue': settings.get('queue') or min(4096, max(1, len(cs)//4))}
+
     def forward(self,
         batch:dict,  # views and view_bad
     )->dict:         # loss, scalar; found: share of queries whose partner is the nearest key
