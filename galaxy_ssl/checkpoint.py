@@ -7,9 +7,8 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/checkpoint.html.md"""
 # %% auto #0
 __all__ = ['read_checkpoint', 'flat_weights']
 
-# %% ../nbs/27_checkpoint.ipynb #60b00d29
+# %% ../nbs/27_checkpoint.ipynb #e185fbc0
 import zipfile
-from pathlib import Path
 from pickle import PROTO, UnpicklingError
 
 import torch
@@ -18,7 +17,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from .core import CutoutError, check_file
 
-# %% ../nbs/27_checkpoint.ipynb #52586670
+# %% ../nbs/27_checkpoint.ipynb #467f9040
 def _refuse_stand_in(
     path,  # a file that should hold weights
 ):
@@ -35,7 +34,7 @@ def _refuse_stand_in(
         raise CutoutError(path, f'an error message, not weights: {head[:80].decode(errors="replace")!r}', 'Download it again; it may need a login')
     return head[8:9] == b'{'
 
-# %% ../nbs/27_checkpoint.ipynb #93ceebdb
+# %% ../nbs/27_checkpoint.ipynb #690c588d
 def _read_safetensors(path):
     "Name -> tensor of a safetensors file."
     try:
@@ -74,7 +73,7 @@ def _read_pickle(path, trust):
         raise CutoutError(path, f'holds more than tensors: Python objects that run code when they are loaded{found}. It was not loaded',
                           'If you trust whoever made it: trust=True (--trust). Better: ask for a .safetensors file') from e
 
-# %% ../nbs/27_checkpoint.ipynb #f0437efd
+# %% ../nbs/27_checkpoint.ipynb #aa99fd04
 def read_checkpoint(
     path,              # .safetensors, .pth, .pt, .bin or .ckpt
     trust:bool=False,  # run the code that the file may hold
@@ -85,7 +84,7 @@ def read_checkpoint(
         return _read_safetensors(path)
     return _read_pickle(path, trust)
 
-# %% ../nbs/27_checkpoint.ipynb #efbc0619
+# %% ../nbs/27_checkpoint.ipynb #e69a25c0
 _NOT_WEIGHTS = ('optimizer', 'optim', 'opt', 'optimizer_states', 'lr_scheduler', 'lr_schedulers', 'scheduler', 'scaler', 'fp16_scaler',
                 'amp', 'loops', 'callbacks', 'hyper_parameters', 'args', 'cfg', 'config', 'dino_loss', 'ibot_loss')
 

@@ -8,7 +8,7 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/convs.html.md"""
 __all__ = ['PLAIN_STEP', 'GROUPS', 'need_multiple', 'halvings', 'fold_kernel', 'UpConv', 'PlainEncoder', 'PlainDecoder',
            'ResBlock', 'res_channels', 'ResEncoder', 'ResDecoder']
 
-# %% ../nbs/22_convs.ipynb #1f69c7d3
+# %% ../nbs/22_convs.ipynb #bc488234
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,7 +17,7 @@ from .core import CutoutError
 from .encoders import nearest_sizes
 from .nets import as_hw
 
-# %% ../nbs/22_convs.ipynb #3ab90c51
+# %% ../nbs/22_convs.ipynb #5693a494
 def need_multiple(
     size,      # image size, pixels: one number or (height, width)
     step:int,  # what the network divides by
@@ -41,7 +41,7 @@ def halvings(
         sizes.append(tuple((s + 1)//2 for s in sizes[-1]))
     return sizes
 
-# %% ../nbs/22_convs.ipynb #0cadf63e
+# %% ../nbs/22_convs.ipynb #dcb0cc32
 def fold_kernel(
     weight:torch.Tensor,  # (n_in, n_out, 3, 3) of a transposed convolution of stride 2
 )->torch.Tensor:          # (n_in, n_out, 5, 5) of one of stride 4 that does the repeating too
@@ -64,7 +64,7 @@ class UpConv(nn.ConvTranspose2d):
         "Both layers at once."
         return F.conv_transpose2d(x, fold_kernel(self.weight), self.bias, stride=4, padding=1, output_padding=1)
 
-# %% ../nbs/22_convs.ipynb #4a717fa2
+# %% ../nbs/22_convs.ipynb #5f6300e3
 PLAIN_STEP = 64  # the published network divides the image by this
 
 class PlainEncoder(nn.Sequential):
@@ -90,18 +90,18 @@ class PlainDecoder(nn.Sequential):
         steps = [nn.Sequential(UpConv(a, b), nn.LeakyReLU(inplace=True)) for a, b in ways]
         super().__init__(*steps, nn.Conv2d(channels[0], n_bands, 3, padding=1))
 
-# %% ../nbs/22_convs.ipynb #af7d1427
+# %% ../nbs/22_convs.ipynb #d3391597
 GROUPS = 8  # of channels that are normalised together
 
 class ResBlock(nn.Module):
-    "Norm, activation, convolution, twice, added to the input."
+    "Norm, then activation and convolution twice, added to the input."
 
     def __init__(self,
         n:int,  # channels, a multiple of `GROUPS`
     ):
         super().__init__()
-        layer = lambda: [nn.GroupNorm(GROUPS, n), nn.SiLU(), nn.Conv2d(n, n, 3, padding=1)]
-        self.layers = nn.Sequential(*layer(), *layer())
+        layer = lambda: [nn.SiLU(), nn.Conv2d(n, n, 3, padding=1)]
+        self.layers = nn.Sequential(nn.GroupNorm(GROUPS, n), *layer(), *layer())
 
     def forward(self,
         x:torch.Tensor,  # (B,n,H,W)
@@ -118,7 +118,7 @@ def res_channels(
         raise CutoutError('width', f'{width} channels cannot be normalised in {GROUPS} groups', f'Use a multiple of {GROUPS}')
     return [width*min(2**k, 4) for k in range(n_stages)]
 
-# %% ../nbs/22_convs.ipynb #3c4c4812
+# %% ../nbs/22_convs.ipynb #2246d020
 class ResEncoder(nn.Sequential):
     "At each size: a convolution of stride 2, then a residual block."
 
