@@ -33,7 +33,7 @@ from .core import CutoutError, atomic_write, key_seed, nearest
 from .embed import embed_cutouts, embed_rows
 from .methods import METHODS, make_method, method_class, method_settings
 from .pixels import pixel_pca
-from .runs import Run, load_run
+from .runs import Run, load_run, read_log
 from .table import EmbeddingTable
 from .tasks import FEW, TASKS, Task, draw_few, fit_probe, learning_set, plain, probe_features, read_sets, score_row, score_table, task_draws, task_rows
 from .train import train
@@ -175,7 +175,7 @@ def make_job(
 
 _FREE = ('data', 'out', 'seed', 'device', 'settings', 'method', 'size', 'save_every', 'log_every', 'figure_every', 'track', 'overwrite', 'bands')
 
-# %% ../nbs/84_bench.ipynb #a1fb0c0a
+# %% ../nbs/84_bench.ipynb #86794a6c
 def find_key(
     name:str,    # of a line
     plan:dict,
@@ -216,15 +216,16 @@ def pretrain(
     "The finished run."
     if (Path(out)/'done.json').exists():
         return load_run(out)
-    cfg, began = config_of(job, len(cs), out, settings), time.perf_counter()
+    cfg = config_of(job, len(cs), out, settings)
     with atomic_write(job.work/'plan.json') as tmp:
         tmp.write_text(json.dumps({'plan': job.plan}))
     run = train(cfg, cs, callbacks=[ProgressBar()])
     if not run.finished:
         raise KeyboardInterrupt('Stopped; finished cells and the run are kept. Run the same command again to go on.')
+    log, size = read_log(Path(out)/'speed.jsonl'), min(cfg.batch_size, len(cs))
+    seconds = sum((r['step'] - before)*size/r['images_per_s'] for before, r in zip([0, *(r['step'] for r in log)], log) if r['images_per_s'])
     with atomic_write(Path(out)/'done.json') as tmp:
-        tmp.write_text(json.dumps({'seconds': round(time.perf_counter() - began, 1), 'epochs': cfg.epochs,
-                                   'images': cfg.epochs*(len(cs) - len(cs) % min(cfg.batch_size, len(cs)))}))
+        tmp.write_text(json.dumps({'seconds': round(seconds, 1), 'epochs': cfg.epochs, 'images': cfg.epochs*(len(cs) - len(cs) % size)}))
     return run
 
 def _facts(run, out=None):

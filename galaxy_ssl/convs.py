@@ -8,7 +8,7 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/convs.html.md"""
 __all__ = ['PLAIN_STEP', 'GROUPS', 'need_multiple', 'halvings', 'fold_kernel', 'UpConv', 'PlainEncoder', 'PlainDecoder',
            'ResBlock', 'res_channels', 'ResEncoder', 'ResDecoder']
 
-# %% ../nbs/22_convs.ipynb #81b5e92e
+# %% ../nbs/22_convs.ipynb #bc488234
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,7 +17,7 @@ from .core import CutoutError
 from .encoders import nearest_sizes
 from .nets import as_hw
 
-# %% ../nbs/22_convs.ipynb #bfa38a28
+# %% ../nbs/22_convs.ipynb #5693a494
 def need_multiple(
     size,      # image size, pixels: one number or (height, width)
     step:int,  # what the network divides by
@@ -41,7 +41,7 @@ def halvings(
         sizes.append(tuple((s + 1)//2 for s in sizes[-1]))
     return sizes
 
-# %% ../nbs/22_convs.ipynb #1a0229c9
+# %% ../nbs/22_convs.ipynb #dcb0cc32
 def fold_kernel(
     weight:torch.Tensor,  # (n_in, n_out, 3, 3) of a transposed convolution of stride 2
 )->torch.Tensor:          # (n_in, n_out, 5, 5) of one of stride 4 that does the repeating too
@@ -64,7 +64,7 @@ class UpConv(nn.ConvTranspose2d):
         "Both layers at once."
         return F.conv_transpose2d(x, fold_kernel(self.weight), self.bias, stride=4, padding=1, output_padding=1)
 
-# %% ../nbs/22_convs.ipynb #81d9b113
+# %% ../nbs/22_convs.ipynb #5f6300e3
 PLAIN_STEP = 64  # the published network divides the image by this
 
 class PlainEncoder(nn.Sequential):
@@ -90,7 +90,7 @@ class PlainDecoder(nn.Sequential):
         steps = [nn.Sequential(UpConv(a, b), nn.LeakyReLU(inplace=True)) for a, b in ways]
         super().__init__(*steps, nn.Conv2d(channels[0], n_bands, 3, padding=1))
 
-# %% ../nbs/22_convs.ipynb #ef259824
+# %% ../nbs/22_convs.ipynb #d3391597
 GROUPS = 8  # of channels that are normalised together
 
 class ResBlock(nn.Module):
@@ -118,7 +118,7 @@ def res_channels(
         raise CutoutError('width', f'{width} channels cannot be normalised in {GROUPS} groups', f'Use a multiple of {GROUPS}')
     return [width*min(2**k, 4) for k in range(n_stages)]
 
-# %% ../nbs/22_convs.ipynb #af15660f
+# %% ../nbs/22_convs.ipynb #2246d020
 class ResEncoder(nn.Sequential):
     "At each size: a convolution of stride 2, then a residual block."
 

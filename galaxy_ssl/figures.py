@@ -23,7 +23,7 @@ def terms_of(
     row:dict,  # a line of log.jsonl
 )->dict:       # name -> number
     "The terms of the loss, or other numbers of the method, in one line of a log."
-    known = lambda k: k in NOT_TERMS or k.startswith(('probe/', 'gauge/', 'val_'))
+    known = lambda k: k in NOT_TERMS or k.startswith(('probe/', 'gauge/', 'val_', 'n_'))  # n_ are counts
     return {k: v for k, v in row.items() if 'loss' in row and not known(k) and isinstance(v, (int, float))}
 
 def _series(rows, key, scale=1.0):

@@ -73,6 +73,7 @@ METHODS = {
     'byol': 'galaxy_ssl.byol:BYOL',
     'vicreg': 'galaxy_ssl.vicreg:VICReg',
     'dino': 'galaxy_ssl.dino:DINO',
+    'lejepa': 'galaxy_ssl.lejepa:LeJEPA',
     'supervised': 'galaxy_ssl.supervised:Supervised',
     'hybrid': 'galaxy_ssl.hybrid:Hybrid',
 }

@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .augment import centre_crop, resize_flux
 from .catalogs import split_groups
 from .core import CutoutError, keyed_rng, nearest, sample_data
 from .cutouts import CutoutSet, open_cutouts
+from .geometry import centre_crop, resize_flux
 from .probe import _candidates, _scores, _splitter
 from .table import EmbeddingTable
 from .whitening import Whitening
