@@ -21,7 +21,7 @@ STAND_INS = {
     # each node is the command once more, in a session of its own; options of srun begin with --
     'srun': 'while [[ "$1" == --* ]]; do shift; done\nfor node in $(seq "$NODES"); do setsid "$@" & echo $! >> "$PLACE/sessions"; done\nfor job in $(jobs -p); do wait $job || code=$?; done\nexit ${code:-0}',
     # every process of the job gets the signal, as on a cluster
-    'scancel': 'for s in $(cat "$PLACE/sessions"); do kill "-${1#--signal=}" -- "-$s"; done',
+    'scancel': 'for s in $(cat "$PLACE/sessions"); do kill "-${1#--signal=}" $s $(pgrep -P $s); done',
 }
 
 
