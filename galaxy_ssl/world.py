@@ -88,7 +88,7 @@ class StopFlag:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for s in (signal.SIGINT, signal.SIGTERM):
+            for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._old[s] = signal.signal(s, self._ask)
         return self
 
