@@ -20,13 +20,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from .augment import AugmentConfig, augment, centre_crop, check_augment, mark_bad, resize_flux, with_recipe
+from .augment import AugmentConfig, augment, check_augment, mark_bad, with_recipe
 from .conditions import Conditions
 from .core import CutoutError, keyed_rng
 from .cutouts import CutoutSet
 from .draws import draws_of
+from .geometry import centre_crop, resize_flux
+from .memory import all_finite, finite
 from .rows import page_aligned, slabs
-from .stretch import Stretch, all_finite, finite, make_stretch, sky_stats
+from .stretch import Stretch, make_stretch, sky_stats
 from .surveys import SURVEYS
 
 # %% ../nbs/13_batch.ipynb #1ec55d3a
@@ -302,6 +304,13 @@ class Preprocess(nn.Module):
             out.update(local=[m[0] for m in small], local_bad=[m[1] for m in small])
         return out
 
+    def use_recipe(self,
+        name:str,  # a name in `RECIPES`
+    ):
+        "Augment as a method needs it, where the user has not set otherwise."
+        self.augment = with_recipe(name, self.augment, self.here)
+        check_augment(self.augment, self.here)
+
     def config(self):
         "JSON-able description, statistics included."
         return {'bands': list(self.bands), 'size': self.size, 'field': self.field, 'stretch': self.stretch.config(),
@@ -322,7 +331,6 @@ def fit_preprocess(
     field:int=None,     # width of sky in cutout pixels; None = `size`, or the whole cutout for display composites
     stretch:str=None,   # key of STRETCHES, with settings if wanted ('asinh:softening=10'); None = 'asinh', or 'linear' for display composites
     augment=None,       # AugmentConfig for training
-    recipe:str='plain', # what the method needs besides, a name in RECIPES
     n_sample:int=512,   # objects read for the statistics
     seed:int=0,         # which objects
 )->Preprocess:
@@ -345,7 +353,6 @@ def fit_preprocess(
     legacy = cs.unit == 'nanomaggy' and abs(cs.pixscale/.262 - 1) < .02
     made.fit(flux, bands=cs.bands if legacy else None)
     pre.here = _conditions(cs, rows, flux, field/size)
-    pre.augment = with_recipe(recipe, pre.augment, pre.here)
     check_augment(pre.augment, pre.here)
     return pre
 

@@ -47,6 +47,8 @@ class TrainConfig:
     stretch: str|None = None         # None = asinh, or linear for RGB composites
     recipe: str|None = None          # augmentation: None = what the method asks for, or a name in galaxy_ssl.augment.RECIPES
     augment: AugmentConfig = dataclass_field(default_factory=AugmentConfig)  # what is set here goes before the recipe
+    init: str|None = None            # start from the encoder of a run folder, a file of weights, 'timm:NAME' or 'hf_hub:OWNER/NAME'
+    trust: bool = False              # run the code that a file of weights may hold
     seed: int = 0                    # of everything random
     device: str = 'auto'             # auto, cpu, cuda
     compile: bool = False            # torch.compile the method (GPU)
@@ -54,6 +56,9 @@ class TrainConfig:
     save_every: int = 200            # steps between checkpoints
     log_every: int = 20              # steps between log lines
     figure_every: int = 10           # epochs between figures; 0 = only at the end
+    probe: tuple[str, ...] = ()      # labels to watch: 'labelled.h5:column,column', or 'column' of the data's own catalogue
+    probe_every: int = 10            # epochs between scores of these labels
+    gauge_every: int|None = None     # epochs between gauges of collapse; None = often enough to cost little; 0 = none
     track: tuple[Literal['tensorboard', 'wandb'], ...] = ()  # also log there
     overwrite: bool = False          # start again if the folder holds a run with other settings
     settings: Annotated[dict, tyro.conf.Suppress] = dataclass_field(default_factory=dict)  # of the method
@@ -68,7 +73,7 @@ def make_config(
     if 'augment' in values and isinstance(values['augment'], dict):
         values['augment'] = AugmentConfig(**_known(values['augment'], AugmentConfig, f'{source}[augment]'))
     config = TrainConfig(**_known(values, TrainConfig, source))
-    for name in ('bands', 'betas', 'track'):
+    for name in ('bands', 'betas', 'probe', 'track'):
         if isinstance(getattr(config, name), list):
             setattr(config, name, tuple(getattr(config, name)))
     return config
@@ -102,7 +107,7 @@ def check_config(
     cfg:TrainConfig,  # settings of a training
 ):
     "Refuse settings that cannot work, before any work is done."
-    for name in ('size', 'epochs', 'batch_size', 'accum', 'save_every', 'log_every', 'lr_batch'):
+    for name in ('size', 'epochs', 'batch_size', 'accum', 'save_every', 'log_every', 'probe_every', 'lr_batch'):
         if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             raise CutoutError(name, f'{getattr(cfg, name)} is less than 1', 'Use a positive number')
     if cfg.batch_size % cfg.accum:

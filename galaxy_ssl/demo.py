@@ -18,12 +18,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .callbacks import Figures, OnlineProbe, ProgressBar, plot_log, plot_reconstruction
+from .callbacks import Figures, ProgressBar, plot_log, plot_reconstruction
 from .core import CutoutError, atomic_write, keyed_rng
 from .cutouts import CutoutSet, open_cutouts
 from .embed import embed_cutouts
 from .hubble import hubble_deep_field
 from .latent import plot_map, umap_map
+from .online import OnlineProbe
 from .outliers import outlier_scores
 from .probe import compare, pixel_pca
 from .runs import read_log

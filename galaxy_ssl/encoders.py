@@ -8,8 +8,6 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/encoders.html.md"""
 __all__ = ['SWIN_PRESETS', 'nearest_sizes', 'ViT', 'TimmNet', 'make_swin', 'make_timm', 'Encoder']
 
 # %% ../nbs/21_encoders.ipynb #dce44af6
-import inspect
-
 import timm
 import torch
 import torch.nn.functional as F
@@ -37,6 +35,23 @@ def nearest_sizes(
     side = max(as_hw(size))
     return sorted({max(step, side//step*step), -(-side//step)*step})
 
+# %% ../nbs/21_encoders.ipynb #88d08f60
+def _look_at_positions(vit, keys=None):
+    "After weights are loaded: whether the positions are sines and cosines or learned ones."
+    vit.learned = not torch.allclose(vit.pos_embed.float().cpu(), sincos_positions(vit.dim, vit.grid), atol=1e-2)
+
+def _central_positions(
+    table:torch.Tensor,  # (1, rows*columns, D)
+    own:tuple,           # (rows, columns)
+    grid:tuple,          # wanted
+)->torch.Tensor:         # (1, the grid's rows*columns, D)
+    "Learned positions about the same centre; beyond the edge, those of the edge."
+    at = [2*(torch.arange(n, device=table.device) + (o - n)/2 + 0.5)/o - 1 for o, n in zip(own, grid)]
+    rows, columns = torch.meshgrid(*at, indexing='ij')
+    image = table.float().unflatten(1, own).permute(0, 3, 1, 2)
+    found = F.grid_sample(image, torch.stack([columns, rows], -1)[None], padding_mode='border', align_corners=False)
+    return found.flatten(2).transpose(1, 2).to(table)
+
 # %% ../nbs/21_encoders.ipynb #fe2746af
 class ViT(nn.Module):
     "A vision transformer with a class token and fixed positions."
@@ -61,6 +76,8 @@ class ViT(nn.Module):
         self.register_buffer('pos_embed', sincos_positions(dim, self.grid))
         self.blocks = init_vit(vit_blocks(dim, depth, heads))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.learned = False  # whether the positions are those of another network
+        self.register_load_state_dict_post_hook(_look_at_positions)
 
     def positions(self,
         grid:tuple,     # (rows, columns) of patches
@@ -68,6 +85,8 @@ class ViT(nn.Module):
         "Position vectors of a grid with the same centre."
         if grid == self.grid:
             return self.pos_embed
+        if self.learned:
+            return torch.cat([self.pos_embed[:, :1], _central_positions(self.pos_embed[:, 1:], self.grid, grid)], 1)
         offset = [(own - other)/2 for own, other in zip(self.grid, grid)]
         return sincos_positions(self.dim, grid, offset=offset).to(self.pos_embed)
 

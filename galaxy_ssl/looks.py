@@ -15,7 +15,8 @@ import torch
 from fastcore.basics import patch
 
 from .core import CutoutError
-from .stretch import FMAX, Stretch, check_bands, finite, new_pixels, sky_stats, slabs
+from .memory import finite, new_pixels, slabs
+from .stretch import FMAX, Stretch, check_bands, sky_stats
 
 # %% ../nbs/12_looks.ipynb #8d52b75e
 class ImageStretch(Stretch):

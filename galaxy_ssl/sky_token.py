@@ -11,6 +11,7 @@ __all__ = ['sky_harmonics', 'SkyToken']
 from math import factorial, pi, prod, sqrt
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 # %% ../nbs/22_sky_token.ipynb #11685763
@@ -64,6 +65,7 @@ class SkyToken(nn.Module):
         "One token per object."
         known = ra.isfinite() & dec.isfinite()
         with torch.autocast(ra.device.type, enabled=False):
-            x = sky_harmonics(ra.where(known, 0), dec.where(known, 0), self.below).to(self.sines.weight.dtype)
-            token = self.out((self.w0*self.sines(x)).sin())
+            x = sky_harmonics(ra.where(known, 0), dec.where(known, 0), self.below).float()
+            x = (self.w0*F.linear(x, self.sines.weight.float(), self.sines.bias.float())).sin()
+            token = F.linear(x, self.out.weight.float(), self.out.bias.float())
         return token.where(known[:, None], self.unknown)

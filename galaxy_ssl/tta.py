@@ -12,8 +12,8 @@ import math
 
 import torch
 
-from .augment import crop_d4
 from .core import CutoutError
+from .geometry import crop_d4
 
 # %% ../nbs/14_tta.ipynb #34512b3a
 _TURNS = (0, 4, 2, 6, 1, 5, 3, 7)

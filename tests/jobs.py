@@ -21,6 +21,25 @@ def training(config, data):
         train(TrainConfig(**config), open_cutouts(data), callbacks=[])
 
 
+def watched(config, data, seen, watch):
+    """Train quietly with what watches a training by default, which marks its process."""
+    import torch
+    torch.set_num_threads(1)
+    from pathlib import Path
+
+    from galaxy_ssl.callbacks import Callback
+    from galaxy_ssl.cutouts import open_cutouts
+    from galaxy_ssl.train import TrainConfig, train, watchers
+
+    class Mark(Callback):
+        def on_epoch(self, trainer):
+            (Path(seen)/f'rank{os.environ["RANK"]}').touch()
+
+    cfg = TrainConfig(**config)
+    with contextlib.redirect_stdout(io.StringIO()):
+        train(cfg, open_cutouts(data), callbacks=[*watchers(cfg), Mark()] if watch else [])
+
+
 def embedding(run, data, out, shard_size):
     """Embed quietly into a file."""
     import torch

@@ -20,13 +20,14 @@ from torch import nn
 import galaxy_ssl
 from galaxy_ssl.augment import AugmentConfig, augment
 from galaxy_ssl.batch import Loader, load_batch
-from galaxy_ssl.callbacks import Callback, OnlineProbe
+from galaxy_ssl.callbacks import Callback
 from galaxy_ssl.core import CutoutError
 from galaxy_ssl.cutouts import CutoutSet, open_cutouts
 from galaxy_ssl.demo import probe_table
 from galaxy_ssl.draws import Draws
 from galaxy_ssl.embed import embed_cutouts
 from galaxy_ssl.methods import METHODS, SSLMethod, make_method
+from galaxy_ssl.online import OnlineProbe
 from galaxy_ssl.probe import compare, pixel_pca, probe_score
 from galaxy_ssl.runs import load_run, load_weights
 from galaxy_ssl.search import SimilarityIndex
@@ -659,10 +660,11 @@ def test_line10_the_untrained_control_is_untrained(run, galaxies):
 
 
 def test_line10_the_online_probe_logs_its_controls(galaxies, tmp_path):
-    rows = fit(galaxies, tmp_path/'run', [OnlineProbe(galaxies, 'z_true', every=1)]).log().dropna(subset='probe')
-    assert len(rows) == 2 and set(rows.probe_metric) == {'r2'}
-    for control in ('probe_untrained', 'probe_pixels'):
-        assert rows[control].nunique() == 1 and np.isfinite(rows[control]).all() and not (rows[control] == rows.probe).any()
+    rows = fit(galaxies, tmp_path/'run', [OnlineProbe(galaxies, 'z_true', every=1)]).log().dropna(subset='probe/z_true/linear')
+    assert len(rows) == 2 and set(rows['probe/z_true/metric']) == {'r2'}
+    for probe in ('probe/z_true/linear', 'probe/z_true/knn'):
+        for control in (f'{probe}/untrained', f'{probe}/pixels'):
+            assert rows[control].nunique() == 1 and np.isfinite(rows[control]).all() and not (rows[control] == rows[probe]).any()
 
 
 # Line 12: two processes do the work of one.

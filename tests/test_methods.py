@@ -1,0 +1,92 @@
+"""Every method of the registry: the contract, two processes against one, and an interruption in the middle of an epoch."""
+import json
+
+import jobs
+import numpy as np
+import pytest
+import torch
+
+from galaxy_ssl.callbacks import Callback
+from galaxy_ssl.methods import METHODS, check_method, method_settings
+from galaxy_ssl.synthetic import synthetic_cutouts
+
+SMALL = {'patch': 8, 'preset': 'micro'}
+
+
+def settings_of(name):
+    """Small settings, as far as the method has them."""
+    known = method_settings(name)
+    chosen = {k: v for k, v in SMALL.items() if k in known}
+    return {**chosen, 'settings': SMALL} if name == 'hybrid' else chosen
+
+
+def config(name, out, **changes):
+    return dict(method=name, out=str(out), size=32, epochs=2, batch_size=8, val_fraction=0.3, device='cpu', log_every=1, save_every=1000, lr=1e-3,
+                settings=settings_of(name), **changes)
+
+
+@pytest.fixture(scope='module')
+def forty(tmp_path_factory):
+    """Forty galaxies in a file, half of them with a label."""
+    cs = synthetic_cutouts(40, size=40, seed=3)
+    cs.meta['label'] = np.where(np.arange(40) % 4, np.arange(40) % 2, np.nan)
+    path = tmp_path_factory.mktemp('forty')/'forty.h5'
+    cs.save(path)
+    return path
+
+
+@pytest.mark.parametrize('n_bands', [3, 5])
+@pytest.mark.parametrize('name', METHODS)
+def test_contract(name, n_bands):
+    report = check_method(name, n_bands=n_bands, size=32, **settings_of(name))
+    assert set(report) >= {'gradients', 'bad pixels', 'embed', 'bfloat16', 'learning'}
+
+
+class StopOnce(Callback):
+    """Ask to stop after one step, as Ctrl-C does."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_step(self, trainer, images):
+        trainer.stop.asked = trainer.step == self.at
+
+
+def weights(run):
+    return {k: v.clone() for k, v in run.method.state_dict().items()}
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder/'log.jsonl').read_text().splitlines()]
+    return [r['loss'] for r in rows if 'loss' in r], [r['val_loss'] for r in rows if 'val_loss' in r]
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_interrupted_in_the_middle_of_an_epoch_and_resumed_it_ends_in_the_same_bits(name, forty, tmp_path):
+    from galaxy_ssl.cutouts import open_cutouts
+    from galaxy_ssl.train import TrainConfig, train
+    cs = open_cutouts(forty)
+    whole = train(TrainConfig(**config(name, tmp_path/'whole')), cs, callbacks=[])
+    cfg = TrainConfig(**config(name, tmp_path/'pieces'))
+    assert not train(cfg, cs, callbacks=[StopOnce(2)]).finished
+    pieces = train(cfg, cs, callbacks=[])
+    assert pieces.finished
+    a, b = weights(whole), weights(pieces)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a), [k for k in a if not torch.equal(a[k], b[k])][:5]
+    assert losses(tmp_path/'whole') == losses(tmp_path/'pieces')
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_two_processes_end_where_one_does(name, forty, tmp_path):
+    from galaxy_ssl.runs import load_run
+    for world in (1, 2):
+        for p in jobs.start(jobs.training, config(name, tmp_path/str(world)), str(forty), world=world):
+            p.join(240)
+            assert p.exitcode == 0
+    one, two = (losses(tmp_path/w) for w in '12')
+    assert len(one[0]) == len(two[0]) > 4
+    np.testing.assert_allclose(one[0], two[0], rtol=1e-4, atol=1e-6)
+    a, b = (weights(load_run(tmp_path/w)) for w in '12')
+    for k in a:
+        torch.testing.assert_close(a[k], b[k], rtol=1e-3, atol=1e-4, msg=lambda m, k=k: f'{k}: {m}')
