@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from .conditions import Conditions, draw_lognormal, extinction, extra_blur, extra_noise, get_spread, redden
 from .core import CutoutError, nearest
 from .draws import Draws
-from .geometry import centre_crop, crop_d4, warp
+from .geometry import crop_d4, warp
 from .memory import all_finite, finite, new_pixels, slabs
 
 # %% ../nbs/12_augment.ipynb #0e3ebf36

@@ -20,7 +20,6 @@ from torch import nn
 
 from .core import CutoutError, nearest, resolve
 from .memory import new_pixels
-from .memory import new_pixels
 
 # %% ../nbs/11_stretch.ipynb #1f87c7d1
 def spread(
