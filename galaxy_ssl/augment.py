@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from .conditions import Conditions, draw_lognormal, extinction, extra_blur, extra_noise, get_spread, redden
 from .core import CutoutError, nearest
 from .draws import Draws
-from .geometry import centre_crop, crop_d4, warp
+from .geometry import crop_d4, warp
 from .memory import all_finite, finite, new_pixels, slabs
 
 # %% ../nbs/12_augment.ipynb #0e3ebf36
@@ -235,7 +235,7 @@ def augment(
 # %% ../nbs/12_augment.ipynb #debcdf0d
 RECIPES = {
     'plain': {},
-    'views': {'rotate': True, 'crop': .4, 'blur': 1.5, 'gain': .2, 'bright': .3, 'flux': {'noise': 2.}, 'display': {'grain': .2}},
+    'views': {'rotate': True, 'crop': .4, 'blur': 1.5, 'flux': {'noise': 2.}, 'display': {'grain': .2}},
     'legacysurvey': {'rotate': True, 'shift': 7/96, 'dust_table': 'legacy-dr9-south', 'psf_table': 'legacy-dr9-south', 'noise_table': 'legacy-dr9-south'},
 }
 
