@@ -58,7 +58,12 @@ class EMA(nn.Module):
             raise CutoutError('momentum', f'{momentum} is not between 0 and 1', 'Use e.g. 0.99, or none to let the number of steps decide')
         self.momentum = momentum
         self.net = copy.deepcopy(student).float().requires_grad_(False).eval()
-        self.own = [m for m in self.net.modules() if batch_stats and isinstance(m, NORMS)]
+        self.batch_stats = batch_stats
+
+    @property
+    def own(self)->list:
+        "Batch norms that keep statistics of their own."
+        return [m for m in self.net.modules() if self.batch_stats and isinstance(m, NORMS)]
 
     def train(self, mode:bool=True):
         "The average stays in evaluation mode, but for batch norms that are to use the batch."
@@ -81,7 +86,7 @@ class EMA(nn.Module):
         "Move towards the student: to be called after each optimiser step."
         rest = 1 - momentum_at(step, total, self.momentum)
         own, new = self.net.state_dict(keep_vars=True), student.state_dict(keep_vars=True)
-        theirs = {id(b) for m in self.own for b in m.buffers()}
+        theirs = {id(b) for m in self.own for b in m.buffers(recurse=False)}
         own = {k: v for k, v in own.items() if id(v) not in theirs}
         moving = [k for k, v in own.items() if v.is_floating_point()]
         torch._foreach_lerp_([own[k].detach() for k in moving], [new[k].detach().float() for k in moving], rest)
