@@ -55,6 +55,7 @@ TRAIN = {'batch_size': 64, 'lr': 1e-3, 'precision': 'bf16', 'val_fraction': 0., 
 
 BENCH_RECIPES = {
     'mae': Recipe(settings={'norm_pix': False, 'decoder': [96, 1, 3]}),
+    'simmim': Recipe(settings={'norm_pix': False}),
     'untrained': Recipe('untrained', 'mae'),
     'pixels': Recipe('pixels', seeds=1),
     'hybrid': Recipe(settings={'method': 'mae', 'settings': {**COMMON, 'norm_pix': False, 'decoder': [96, 1, 3]}, 'label': 'gz1', 'kind': 'class', 'classes': None}),
@@ -258,7 +259,7 @@ def untrained(job, tasks):
     pre = fit_preprocess(cs, job.bench.size, seed=job.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key_seed(job.seed, 'untrained'))
-        net = make_method(method, n_bands=len(cs.bands), size=job.bench.size, **method_class(method).fill_settings(cs, settings_of(job.recipe, job.name))).eval()
+        net = make_method(method, n_bands=len(cs.bands), size=job.bench.size, **method_class(method).fill_settings(cs, settings_of(job.recipe, job.name), pre)).eval()
     run = Run(None, {'method': method, 'settings': net.settings, 'survey': cs.survey, 'unit': cs.unit, 'untrained': True, 'compute': job.bench.device}, net, pre)
     yield from score_run(run, job, tasks, _facts(run))
 
