@@ -235,7 +235,7 @@ def augment(
 # %% ../nbs/12_augment.ipynb #debcdf0d
 RECIPES = {
     'plain': {},
-    'views': {'rotate': True, 'crop': .4, 'blur': 1.5, 'flux': {'noise': 2.}, 'display': {'grain': .2}},
+    'views': {'rotate': True, 'crop': .3, 'gain': .03, 'flux': {'noise': 2., 'blur': 1.5}},
     'legacysurvey': {'rotate': True, 'shift': 7/96, 'dust_table': 'legacy-dr9-south', 'psf_table': 'legacy-dr9-south', 'noise_table': 'legacy-dr9-south'},
 }
 
