@@ -10,12 +10,13 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from galaxy_ssl.bench import Recipe, bench
+from galaxy_ssl.bench import bench
 from galaxy_ssl.callbacks import ProgressBar
 from galaxy_ssl.catalogs import split_groups
 from galaxy_ssl.cli import main
 from galaxy_ssl.core import sample_data
 from galaxy_ssl.leaderboard import read_results, show_table
+from galaxy_ssl.recipes import Recipe
 from galaxy_ssl.synthetic import synthetic_cutouts
 from galaxy_ssl.table import EmbeddingTable
 from galaxy_ssl.tasks import TASKS, Task, learning_set, read_sets, score_table, task_rows, twins
