@@ -11,7 +11,8 @@ __all__ = ['cosine_loss', 'BYOL']
 import torch
 import torch.nn.functional as F
 
-from .teacher import TaughtMethod, mlp, views_of
+from .heads import make_head
+from .teacher import TaughtMethod, views_of
 
 # %% ../nbs/25_byol.ipynb #f25fb7f1
 def cosine_loss(
@@ -41,8 +42,8 @@ class BYOL(TaughtMethod):
     ):
         settings = dict(n_bands=n_bands, size=size, arch=arch, patch=patch, preset=preset, dim=dim, depth=depth, heads=heads)
         super().__init__(**settings, pool=pool, hidden=hidden, out=out, momentum=momentum)
-        self._build(lambda d: mlp((d, hidden, out), norm=True), pool, momentum, settings)
-        self.predictor = mlp((out, hidden, out), norm=True)
+        self._build(lambda d: make_head('byol', d, hidden=hidden, out=out), pool, momentum, settings, batch_stats=True)
+        self.predictor = make_head('byol', out, hidden=hidden, out=out)
 
     def forward(self,
         batch:dict,  # views and view_bad

@@ -20,7 +20,7 @@ import tyro
 
 from .augment import RECIPES, AugmentConfig
 from .core import CutoutError, nearest
-from .methods import check_settings, method_settings
+from .methods import METHODS, check_settings, method_settings
 from .stretch import plain_value
 
 # %% ../nbs/29_config.ipynb #fcf308c1
@@ -121,6 +121,8 @@ def check_config(
         raise CutoutError('settings', f'{given} are not set by hand', 'They follow from the data and from `size`')
     if cfg.recipe is not None and cfg.recipe not in RECIPES:
         raise CutoutError('recipe', f'no recipe is called {cfg.recipe!r}', f'Choose from {list(RECIPES)}.{nearest(cfg.recipe, RECIPES)}')
+    if cfg.method not in METHODS:
+        raise CutoutError('method', f'no method is called {cfg.method!r}', f'Choose from {list(METHODS)}.{nearest(cfg.method, METHODS)}')
     check_settings(cfg.method, cfg.settings)
 
 # %% ../nbs/29_config.ipynb #fda1f48c

@@ -65,6 +65,8 @@ def distillation_loss(
 # %% ../nbs/26_dino.ipynb #f082ceac
 class DINO(TaughtMethod):
     "Self-distillation with no labels (arXiv:2104.14294)."
+    learns_by = 'gap'
+    check_with = {'prototypes': 64, 'momentum': 0.9}
 
     def __init__(self, *,
         n_bands:int,               # bands C
@@ -95,8 +97,11 @@ class DINO(TaughtMethod):
         self._build(lambda d: DINOHead(d, hidden, bottleneck, prototypes), pool, momentum, settings)
         step = self.student.encoder.stride
         self.local_views = local_views
+        if local_size and (local_size % step or local_size > min(as_hw(size))):
+            raise CutoutError('local_size', f'{local_size} px are not whole patches of {step} px within the image', f'Use {" or ".join(map(str, nearest_sizes(local_size, step)))}')
         self.local_size = (local_size or max(step, min(as_hw(size))//2//step*step)) if local_views else None
         self.register_buffer('center', torch.zeros(prototypes))
+        self.register_buffer('centered', torch.tensor(0))
         self.register_buffer('steps', torch.tensor([0, 1]))
 
     @property
@@ -110,6 +115,14 @@ class DINO(TaughtMethod):
         risen = (self.progress/s['warmup']).clamp(max=1) if s['warmup'] else 1.
         return s['warmup_temp'] + (s['teacher_temp'] - s['warmup_temp'])*risen
 
+    def _center(self, mean):
+        "What to subtract from the teacher: the mean of the batches before, of this one where there were none."
+        center = torch.where(self.centered > 0, self.center, mean)
+        if self.training:
+            self.centered += 1
+            self.center.lerp_(mean, (1/self.centered).clamp(min=1 - self.settings['center_momentum']))
+        return center
+
     def forward(self,
         batch:dict,  # views, view_bad; local, local_bad
     )->dict:         # loss: scalar; entropy of the teacher; gap between both
@@ -121,9 +134,8 @@ class DINO(TaughtMethod):
         found = [self.student(*v) for v in views]
         if self.local_views:
             found += self.student(torch.cat(batch['local']), torch.cat(batch['local_bad'])).chunk(len(batch['local']))
-        loss, entropy = distillation_loss(torch.stack(found), goal, self.center, self.settings['student_temp'], self._teacher_temp())
-        if self.training:
-            self.center.lerp_(gather_rows(goal.mean(0)).mean(0), 1 - self.settings['center_momentum'])
+        center = self._center(gather_rows(goal.mean(0)).mean(0))
+        loss, entropy = distillation_loss(torch.stack(found), goal, center, self.settings['student_temp'], self._teacher_temp())
         return {'loss': loss, 'entropy': entropy.detach(), 'gap': loss.detach() - entropy.detach()}
 
     def after_step(self,

@@ -7,7 +7,7 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/lejepa.html.md"""
 # %% auto #0
 __all__ = ['epps_pulley', 'shared_directions', 'sigreg', 'LeJEPA']
 
-# %% ../nbs/26_lejepa.ipynb #a81e2d48
+# %% ../nbs/26_lejepa.ipynb #6f6edf6b
 import torch
 import torch.nn.functional as F
 
@@ -20,7 +20,7 @@ from .heads import Head
 from .methods import SSLMethod
 from .nets import as_hw
 
-# %% ../nbs/26_lejepa.ipynb #4729da4f
+# %% ../nbs/26_lejepa.ipynb #434eb20c
 def epps_pulley(
     x:torch.Tensor,   # (B, ...) numbers of this process: B samples of every test
     knots:int=17,     # where the characteristic functions are compared
@@ -36,7 +36,7 @@ def epps_pulley(
         gap = (real - normal).square() + imaginary.square()
         return 2*n*torch.trapezoid(gap*normal, t)
 
-# %% ../nbs/26_lejepa.ipynb #c85cbd71
+# %% ../nbs/26_lejepa.ipynb #672063a6
 def shared_directions(
     draws,       # Draws of the step
     n_rows:int,  # objects of this process
@@ -57,7 +57,7 @@ def sigreg(
     with torch.autocast(z.device.type, enabled=False):
         return epps_pulley(z.float() @ directions.T, knots).mean()
 
-# %% ../nbs/26_lejepa.ipynb #b078eb31
+# %% ../nbs/26_lejepa.ipynb #daeb12c4
 class LeJEPA(SSLMethod):
     "Joint embedding of several views with a test of normality (arXiv:2511.08544)."
     views = 2
@@ -95,6 +95,8 @@ class LeJEPA(SSLMethod):
         if pool not in self.poolings:
             raise CutoutError('pool', f'{arch} has no pooling called {pool!r}', f'Choose from {list(self.poolings)}')
         self.head = Head(self.encoder.dim, hidden, out, layers)
+        if arch == 'vit' and layers > 1:
+            self.encoder.body.norm.bias.requires_grad_(False)  # the head's first batch norm takes away any constant
         self.local_views, self.local_size = local_views, self._local_size(size, local_size) if local_views else None
 
     def _local_size(self, size, wanted):

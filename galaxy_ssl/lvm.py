@@ -7,7 +7,7 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/lvm.html.md"""
 # %% auto #0
 __all__ = ['LVM_PRESETS', 'lvm_shape', 'LVM']
 
-# %% ../nbs/25_lvm.ipynb #d7ef4a6b
+# %% ../nbs/25_lvm.ipynb #819d1053
 import torch
 from fastcore.basics import patch_to
 from torch import nn
@@ -20,7 +20,7 @@ from .simmim import check_ratio, draw_hidden
 from .swin import SwinUNet
 from .targets import check_loss, check_norm_pix, masked_loss, target_stats
 
-# %% ../nbs/25_lvm.ipynb #cbe3d73c
+# %% ../nbs/25_lvm.ipynb #0f9da571
 LVM_PRESETS = {
     'micro': {'patch': 4, 'window': 8, 'dim': 40, 'depths': (2, 2, 2), 'heads': (2, 4, 8), 'drop_path': 0.0},
     'small': {'patch': 4, 'window': 8, 'dim': 56, 'depths': (2, 2, 2, 2), 'heads': (2, 4, 7, 14), 'drop_path': 0.0},
@@ -41,7 +41,7 @@ def lvm_shape(
         raise CutoutError('dim', f'width {shape["dim"]} or drop_path {shape["drop_path"]} cannot be', 'The width is even, drop_path at least 0 and below 1')
     return shape
 
-# %% ../nbs/25_lvm.ipynb #48c17f89
+# %% ../nbs/25_lvm.ipynb #10221368
 class LVM(SSLMethod):
     "A Swin U-Net that predicts hidden squares of the image (arXiv:2405.10890, with masks)."
     poolings = ('mean', 'max')
@@ -81,7 +81,7 @@ class LVM(SSLMethod):
         "Vectors, tables of positions and the fill."
         return super().no_weight_decay() | {n for n, _ in self.named_parameters() if n == 'fill' or n.endswith('position_bias_table')}
 
-# %% ../nbs/25_lvm.ipynb #130c1453
+# %% ../nbs/25_lvm.ipynb #db1cfd61
 def _inputs(self, image, bad):
     "The image with zeros at bad pixels, and which those are; refuses images the network was not made for."
     if image.ndim != 4 or tuple(image.shape[1:]) != self.shape:
@@ -108,7 +108,7 @@ def _stats(self, image, bad):
     stats = target_stats(patches, valid, self.norm_pix, self.shape[0])
     return [unpatchify(s.expand_as(patches), self.mask_patch, self.shape[1:]) for s in stats]
 
-# %% ../nbs/25_lvm.ipynb #339bcda3
+# %% ../nbs/25_lvm.ipynb #5d433ff5
 def _predict(self, batch):
     "One masked pass: image, prediction of the scaled image, mean and spread of the scaling, what was hidden, what is bad."
     image, bad = _inputs(self, batch['image'], batch.get('bad'))
@@ -119,7 +119,7 @@ def _predict(self, batch):
     mean, std = _stats(self, image, bad)
     return {'image': image.float(), 'pred': pred, 'mean': mean, 'std': std, 'hidden': hidden, 'bad': bad}
 
-# %% ../nbs/25_lvm.ipynb #9ba95f7f
+# %% ../nbs/25_lvm.ipynb #dce3e666
 @patch_to(LVM)
 def forward(self,
     batch:dict,  # image (B,C,h,w); bad, same shape, True = do not use; draws, for the mask
@@ -129,7 +129,7 @@ def forward(self,
     count = out['hidden'] & ~out['bad']
     return {'loss': masked_loss(out['pred'], (out['image'] - out['mean'])/out['std'], count, self.loss), 'n_pixels': count.sum()}
 
-# %% ../nbs/25_lvm.ipynb #e4993a7e
+# %% ../nbs/25_lvm.ipynb #8221e8cf
 @patch_to(LVM)
 def tokens(self,
     image:torch.Tensor,     # (B,C,h,w)
@@ -151,7 +151,7 @@ def embed(self,
     x = self.tokens(image, bad).float().flatten(1, 2)
     return x.mean(1) if pool == 'mean' else x.amax(1)
 
-# %% ../nbs/25_lvm.ipynb #9d522215
+# %% ../nbs/25_lvm.ipynb #6d8b1dca
 @patch_to(LVM)
 def restore(self,
     image:torch.Tensor,     # (B,C,h,w)
@@ -161,7 +161,7 @@ def restore(self,
     image, bad = _inputs(self, image, bad)
     return self.net(torch.where(bad, self.fill, image)).float()
 
-# %% ../nbs/25_lvm.ipynb #0ecf0596
+# %% ../nbs/25_lvm.ipynb #36b984cc
 @patch_to(LVM)
 @torch.no_grad()
 def reconstruct(self,

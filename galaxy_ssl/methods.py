@@ -30,6 +30,7 @@ class SSLMethod(nn.Module):
     local_size = None
     recipe = 'plain'
     min_batch = 1
+    learns_by = 'loss'
     label_columns = ()
     poolings = ('mean',)
     embed_dim = 0
@@ -302,15 +303,17 @@ def _check_reconstruct(method, batch):
 def _check_learning(method, batch, steps, lr, falls):
     "A few optimiser steps lower the loss."
     method = copy.deepcopy(method)
-    before = _loss(method, batch).item()
+    told = lambda: method({**batch, 'draws': Draws(0, 'check', 0)})[method.learns_by].item()
+    before = told()
     optimiser = torch.optim.AdamW(method.parameters(), lr=lr)
     for step in range(steps):
         optimiser.zero_grad()
         _loss(method.train(), batch, seed=1 + step).backward()
         optimiser.step()
         method.after_step(step + 1, steps)
-    after = _loss(method.eval(), batch).item()
-    _need(after < falls*before, f'{steps} steps took the loss from {before:.4f} to {after:.4f}, not below {falls:g} of it')
+    method.eval()
+    after = told()
+    _need(after < falls*before, f'{steps} steps took the {method.learns_by} from {before:.4f} to {after:.4f}, not below {falls:g} of it')
     return f'{before:.4f} to {after:.4f} in {steps} steps'
 
 # %% ../nbs/21_methods.ipynb #831aecf8

@@ -14,7 +14,8 @@ from torch import nn
 
 from .across import gather_rows
 from .core import CutoutError
-from .teacher import TaughtMethod, mlp, own_rows, views_of
+from .heads import make_head
+from .teacher import TaughtMethod, own_rows, views_of
 
 # %% ../nbs/25_moco.ipynb #07c5968e
 def info_nce(
@@ -87,11 +88,19 @@ class MoCo(TaughtMethod):
             raise CutoutError('version', f'{version!r} is not a version of MoCo', 'Use 2 or 3')
         self.temperature = temperature
         if version == 2:
-            self._build(lambda d: mlp((d, hidden, out)), pool, momentum, settings)
+            self._build(lambda d: nn.Sequential(nn.Linear(d, hidden), nn.ReLU(), nn.Linear(hidden, out)), pool, momentum, settings)
             self.queue = KeyQueue(queue, out)
         else:
-            self._build(lambda d: mlp((d, hidden, hidden, out), norm=True, last_norm=True), pool, momentum, settings)
-            self.predictor = mlp((out, hidden, out), norm=True, last_norm=True)
+            self._build(lambda d: make_head('moco', d, hidden=hidden, out=out), pool, momentum, settings, batch_stats=True)
+            self.predictor = make_head('moco_prediction', out, hidden=hidden, out=out)
+
+    @classmethod
+    def fill_settings(cls,
+        cs,             # CutoutSet of the training split
+        settings:dict,  # as given
+    )->dict:
+        "A queue that holds no key of the galaxy that asks: at most a quarter of the training set."
+        return {**settings, 'queue': settings.get('queue') or min(4096, max(1, len(cs)//4))}
 
     def forward(self,
         batch:dict,  # views and view_bad

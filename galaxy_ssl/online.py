@@ -82,8 +82,6 @@ def quick_predict(
     "Predict each object from the others, with a ridge model or from the nearest neighbours."
     from sklearn.linear_model import RidgeClassifierCV, RidgeCV
     from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
     predicted = np.zeros(len(target))
     for train, test in splits:
         if probe == 'linear':
@@ -91,9 +89,19 @@ def quick_predict(
             model = RidgeCV(alphas) if classes is None else RidgeClassifierCV(alphas, class_weight='balanced')
         else:
             model = (KNeighborsRegressor if classes is None else KNeighborsClassifier)(min(k, len(train)), weights='distance')
-        steps = [] if transform is None else [copy.deepcopy(transform)]
-        predicted[test] = make_pipeline(*steps, StandardScaler(), model).fit(X[train], target[train]).predict(X[test])
+        parts = [X[train], X[test]]
+        if transform is not None:
+            fitted = copy.deepcopy(transform).fit(parts[0])
+            parts = [fitted.transform(p) for p in parts]
+        known, asked = _scaled(*parts)
+        predicted[test] = model.fit(known, target[train]).predict(asked)
     return predicted
+
+def _scaled(train, test):
+    "Features by mean and spread of the training part; directions without any spread are dropped, not blown up."
+    mean, spread = train.mean(0), train.std(0)
+    kept = spread > 1e-4*spread.max()
+    return [(x[:, kept] - mean[kept])/spread[kept] for x in (train, test)] if kept.any() else [np.zeros((len(x), 1)) for x in (train, test)]
 
 # %% ../nbs/60_online.ipynb #7ba3048d
 def seen_before(

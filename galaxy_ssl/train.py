@@ -95,7 +95,7 @@ def main(argv=None):
         raise SystemExit(f'galaxy_ssl train: {e}') from e
     if int(os.environ.get('RANK', 0)) == 0:
         print(run)
-    if not run.finished:
+    if not run.finished and 'TORCHELASTIC_RUN_ID' not in os.environ:  # torchrun would take it for a fault, and start again
         raise SystemExit(130)
 
 if __name__ == '__main__' and '__file__' in globals():

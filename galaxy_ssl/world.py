@@ -11,6 +11,7 @@ __all__ = ['World', 'join_world', 'die_with_launcher', 'total_over', 'gather', '
 import os
 import signal
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -82,20 +83,23 @@ def gather(world, values):
 class StopFlag:
     "Turns the first interrupt into a request to stop after this step."
 
+    patience = 2.  # seconds within which a second signal is the same one: a launcher passes on what the terminal has sent already
+
     def __init__(self):
         self.asked = False
-        self._old = {}
+        self._old, self._since = {}, 0.
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for s in (signal.SIGINT, signal.SIGTERM):
+            for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._old[s] = signal.signal(s, self._ask)
         return self
 
     def _ask(self, number, frame):
-        if self.asked:
+        if self.asked and time.monotonic() - self._since > self.patience:
             raise KeyboardInterrupt
-        self.asked = True
+        if not self.asked:
+            self.asked, self._since = True, time.monotonic()
 
     def __exit__(self, *exc):
         for s, old in self._old.items():
