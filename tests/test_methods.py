@@ -16,7 +16,7 @@ SMALL = {'patch': 8, 'preset': 'micro'}
 def settings_of(name):
     """Small settings, as far as the method has them."""
     known = method_settings(name)
-    chosen = {k: v for k, v in SMALL.items() if k in known}
+    chosen = {k: v for k, v in SMALL.items() if k in known and (name, k) != ('lvm', 'patch')}  # its bottom would be a single token
     return {**chosen, 'settings': SMALL} if name == 'hybrid' else chosen
 
 
