@@ -8,6 +8,7 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/trainer.html.md"""
 __all__ = ['TrainingError', 'Trainer', 'split_off', 'wanted_views']
 
 # %% ../nbs/32_trainer.ipynb #033a20ea
+import inspect
 import json
 import math
 import time
@@ -118,7 +119,9 @@ def spread(self:Trainer, method):
         return model
     # Buffers are equal in all processes by construction: queues and batch norms take their rows from all of them.
     ids = [device.index] if device.type == 'cuda' else None
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    kind = torch.nn.parallel.DistributedDataParallel
+    name = 'forward_sync_buffers' if 'forward_sync_buffers' in inspect.signature(kind).parameters else 'broadcast_buffers'  # its newer name
+    return kind(model, device_ids=ids, **{name: False})
 
 # %% ../nbs/32_trainer.ipynb #4a7fcdef
 def split_off(

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from galaxy_ssl.augment import AugmentConfig
 from galaxy_ssl.callbacks import Callback
-from galaxy_ssl.methods import METHODS, check_method, method_settings
+from galaxy_ssl.draws import Draws
+from galaxy_ssl.methods import METHODS, _batch_for, check_method, make_method, method_settings
 from galaxy_ssl.synthetic import synthetic_cutouts
 
 SMALL = {'patch': 8, 'preset': 'micro'}
@@ -23,6 +25,9 @@ def settings_of(name):
 def config(name, out, **changes):
     return dict(method=name, out=str(out), size=32, epochs=2, batch_size=8, val_fraction=0.3, device='cpu', log_every=1, save_every=1000, lr=1e-3,
                 settings=settings_of(name), **changes)
+
+
+QUIET = dict(recipe='plain', augment=AugmentConfig(rotate=True, crop=0.2, blur=1.))  # pixel noise is drawn by each process for itself
 
 
 @pytest.fixture(scope='module')
@@ -79,14 +84,63 @@ def test_interrupted_in_the_middle_of_an_epoch_and_resumed_it_ends_in_the_same_b
 
 @pytest.mark.parametrize('name', METHODS)
 def test_two_processes_end_where_one_does(name, forty, tmp_path):
-    from galaxy_ssl.runs import load_run
     for world in (1, 2):
-        for p in jobs.start(jobs.training, config(name, tmp_path/str(world)), str(forty), world=world):
+        for p in jobs.start(jobs.training, config(name, tmp_path/str(world), **QUIET), str(forty), world=world):
             p.join(240)
             assert p.exitcode == 0
     one, two = (losses(tmp_path/w) for w in '12')
     assert len(one[0]) == len(two[0]) > 4
-    np.testing.assert_allclose(one[0], two[0], rtol=1e-4, atol=1e-6)
-    a, b = (weights(load_run(tmp_path/w)) for w in '12')
-    for k in a:
-        torch.testing.assert_close(a[k], b[k], rtol=1e-3, atol=1e-4, msg=lambda m, k=k: f'{k}: {m}')
+    np.testing.assert_allclose(one[0][0], two[0][0], rtol=1e-5)
+    # Later ones drift: Adam turns the rounding noise of gradients that are zero, such as those of key biases, into steps of full length.
+    np.testing.assert_allclose(one[0], two[0], rtol=1e-2)
+    np.testing.assert_allclose(one[1], two[1], rtol=2e-2)
+
+
+def rows(value, part):
+    """Every second object of a value of a batch."""
+    if isinstance(value, list) and torch.is_tensor(value[0]):
+        return [v[part] for v in value]
+    return value[part] if torch.is_tensor(value) or isinstance(value, list) else value
+
+
+def gradients(name, rank=0, world=1):
+    """Loss and gradients of this process's share of a batch."""
+    torch.manual_seed(0)
+    method = make_method(name, n_bands=3, size=32, **settings_of(name)).train()
+    batch = {k: rows(v, slice(rank, None, world)) for k, v in _batch_for(method, 16, damaged=True).items()}
+    loss = method({**batch, 'draws': Draws(0, 'both', rank=rank, world=world)})['loss']
+    loss.backward()
+    return loss.detach(), {k: p.grad for k, p in method.named_parameters() if p.requires_grad}
+
+
+def shared_gradients(out):
+    """Of all methods, as one of two processes, averaged as DistributedDataParallel does."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo')
+    rank, found = torch.distributed.get_rank(), {}
+    for name in METHODS:
+        loss, grads = gradients(name, rank, 2)
+        for g in (loss, *grads.values()):
+            torch.distributed.all_reduce(g)
+        found[name] = loss/2, {k: g/2 for k, g in grads.items()}
+    torch.save(found, f'{out}{rank}.pt')
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope='module')
+def averaged(tmp_path_factory):
+    out = str(tmp_path_factory.mktemp('gradients')/'rank')
+    for p in jobs.start(shared_gradients, out, world=2):
+        p.join(240)
+        assert p.exitcode == 0
+    return torch.load(f'{out}0.pt', weights_only=True)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_gradients_of_two_processes_average_to_those_of_one(name, averaged):
+    loss, grads = gradients(name)
+    two, averages = averaged[name]
+    torch.testing.assert_close(two, loss, rtol=1e-5, atol=1e-6)
+    largest = max(g.abs().max() for g in grads.values())
+    for k, g in grads.items():
+        assert (averages[k] - g).abs().max() <= 5e-3*g.abs().max() + 1e-5*largest, k
