@@ -10,11 +10,13 @@ __all__ = ['TrainConfig', 'make_config', 'read_toml', 'check_config', 'parse_arg
 # %% ../nbs/29_config.ipynb #5a8b9c20
 import inspect
 import json
+import math
 import tomllib
 from dataclasses import dataclass, fields
 from dataclasses import field as dataclass_field
 from pathlib import Path
-from typing import Annotated, Literal
+from types import UnionType
+from typing import Annotated, Literal, get_args, get_origin
 
 import tyro
 
@@ -80,6 +82,11 @@ def make_config(
 
 _KINDS = {bool: bool, int: int, float: (int, float), str: str}
 
+def _kind(annotation):
+    "The plain type that a field takes, or None where it takes another."
+    inside = (annotation,) if isinstance(annotation, type) else get_args(annotation) if get_origin(annotation) in (Annotated, UnionType) else ()
+    return next((t for t in inside if t in _KINDS), None)
+
 def _known(values, cls, source):
     "`values`, once every key is known to be a field of `cls` and of its kind."
     names = [f.name for f in fields(cls)]
@@ -87,9 +94,9 @@ def _known(values, cls, source):
         if key not in names:
             raise CutoutError(source, f'unknown key {key!r}', f'Known keys: {", ".join(names)}.{nearest(key, names)}')
     for f in fields(cls):
-        value, kind = values.get(f.name), _KINDS.get(type(f.default))
-        if value is not None and kind and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
-            raise CutoutError(source, f'{f.name} is {value!r}, expected {type(f.default).__name__}', 'Mend that line')
+        value, kind = values.get(f.name), _kind(f.type)
+        if value is not None and kind and (not isinstance(value, _KINDS[kind]) or isinstance(value, bool) != (kind is bool)):
+            raise CutoutError(source, f'{f.name} is {value!r}, expected {kind.__name__}', 'Mend that line')
     return values
 
 def read_toml(
@@ -103,13 +110,29 @@ def read_toml(
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise CutoutError(path, f'not valid TOML ({e})', 'Mend that line') from e
 
+_TRACKERS = ('tensorboard', 'wandb')
+
 def check_config(
     cfg:TrainConfig,  # settings of a training
 ):
     "Refuse settings that cannot work, before any work is done."
-    for name in ('size', 'epochs', 'batch_size', 'accum', 'save_every', 'log_every', 'probe_every', 'lr_batch'):
-        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
-            raise CutoutError(name, f'{getattr(cfg, name)} is less than 1', 'Use a positive number')
+    for name, least in (*((n, 1) for n in ('size', 'epochs', 'batch_size', 'accum', 'save_every', 'log_every', 'probe_every', 'lr_batch', 'field')),
+                        *((n, 0) for n in ('figure_every', 'gauge_every', 'weight_decay'))):
+        value = getattr(cfg, name)
+        if value is not None and not value >= least:
+            raise CutoutError(name, f'{value} is less than {least}', 'Use a positive number')
+    for name in ('lr', 'clip'):  # a negative limit of the gradient would turn it round
+        value = getattr(cfg, name)
+        if value is not None and not 0 < value < math.inf:
+            raise CutoutError(name, f'{value} is not a positive number', f"Use e.g. {'1e-3' if name == 'lr' else '1, or None for no limit'}")
+    for name in ('bands', 'probe', 'track'):  # a text would be taken letter by letter
+        if isinstance(getattr(cfg, name), str):
+            raise CutoutError(name, f'{getattr(cfg, name)!r} is one text, expected a list of them', f"Write ['{getattr(cfg, name)}']")
+    unknown = [t for t in cfg.track if t not in _TRACKERS]
+    if unknown:
+        raise CutoutError('track', f'nothing is called {unknown[0]!r}', f'Choose from {list(_TRACKERS)}.{nearest(unknown[0], _TRACKERS)}')
+    if len(cfg.betas) != 2 or not all(0 <= b < 1 for b in cfg.betas):
+        raise CutoutError('betas', f'{cfg.betas} are not two numbers in [0, 1)', 'Use e.g. (0.9, 0.95)')
     if cfg.batch_size % cfg.accum:
         raise CutoutError('accum', f'batch_size {cfg.batch_size} is not a multiple of accum {cfg.accum}', 'Choose a divisor')
     if not 0 <= cfg.val_fraction < 1 or not 0 <= cfg.warmup < 1:

@@ -32,7 +32,7 @@ def _export_config(run, frozen, license):
     "The config of an exported run."
     train = {k: v for k, v in run.config.get('train', {}).items() if k not in ('out', 'data', 'init', 'device', 'track')}
     config = {k: v for k, v in run.config.items() if k not in ('format', 'version', 'versions', 'init')}
-    config |= {'train': train, 'license': license, 'trained_with': run.config.get('versions', {})}
+    config |= {'train': train, 'license': license, 'finished': run.finished, 'labels': list(getattr(run.method, 'label_columns', ())) or run.config.get('labels', []), 'trained_with': run.config.get('versions', {})}
     config['preprocess'] = {**config['preprocess'], 'augment': {k: '' if k.endswith('_table') else v for k, v in config['preprocess']['augment'].items()}}
     if 'init' in run.config:
         config['init'] = {'source': Path(run.config['init']['source']).name, 'found': run.config['init']['found']}
@@ -103,9 +103,10 @@ def model_card(
     title = title or f'{trained} encoder, {config.get("survey") or "galaxies"} {"".join(run.bands)}'
     pre = run.preprocess
     scores = scores.reset_index().to_dict('records') if hasattr(scores, 'to_dict') else scores
-    front = ['---', f'license: {license or "unknown"}', f'library_name: {"timm" if frozen else "galaxy_ssl"}', 'tags: [astronomy, galaxies, self-supervised]', '---']
+    front = ['---', f'license: {license or "unknown"}', f'library_name: {"timm" if frozen else "galaxy_ssl"}', 'tags: [astronomy, galaxies, self-supervised]' if not config.get('labels') else 'tags: [astronomy, galaxies]', '---']
     stretch = pre.stretch.config()
-    head = [f'# {title}', about, f'Trained without labels by [galaxy_ssl](https://galaxy-ssl.github.io/galaxy_ssl) {galaxy_ssl.__version__}. It turns a cutout of a galaxy into {run.method.embed_dim} numbers.']
+    how = f'with the labels {", ".join(config["labels"])}' if config.get('labels') else 'without labels'
+    head = [f'# {title}', about, f'Trained {how} by [galaxy_ssl](https://galaxy-ssl.github.io/galaxy_ssl) {galaxy_ssl.__version__}. It turns a cutout of a galaxy into {run.method.embed_dim} numbers.']
     data = ['## Training', _table(_facts(run, config, frozen))]
     formula = f', that is {stretch["name"]}((flux - level)/(softening*sigma))/norm,' if set(stretch['stats']) == {'level', 'sigma', 'norm'} else ''
     pixels = ['## Preprocessing', f'The central {pre.field} pixels, resampled to {pre.size}; stretch `{stretch["name"]}` {json.dumps(stretch.get("settings", {}))}{formula} with these numbers; bad pixels become 0. '

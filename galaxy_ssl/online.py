@@ -8,7 +8,6 @@ Docs: https://galaxy-ssl.github.io/galaxy_ssl/online.html.md"""
 __all__ = ['target_of', 'sigma_nmad', 'is_redshift', 'fold_splits', 'quick_predict', 'seen_before', 'OnlineProbe', 'probes_of']
 
 # %% ../nbs/60_online.ipynb #b8abc61d
-import copy
 import re
 
 import numpy as np
@@ -20,7 +19,7 @@ from .core import CutoutError, key_seed, keyed_rng, nearest
 from .cutouts import open_cutouts
 from .embed import _fitting, embed_rows
 from .pixels import pixel_pca
-from .probe import _kind_of
+from .probe import _kind_of, _prepared
 
 # %% ../nbs/60_online.ipynb #2d49f109
 def target_of(
@@ -89,19 +88,9 @@ def quick_predict(
             model = RidgeCV(alphas) if classes is None else RidgeClassifierCV(alphas, class_weight='balanced')
         else:
             model = (KNeighborsRegressor if classes is None else KNeighborsClassifier)(min(k, len(train)), weights='distance')
-        parts = [X[train], X[test]]
-        if transform is not None:
-            fitted = copy.deepcopy(transform).fit(parts[0])
-            parts = [fitted.transform(p) for p in parts]
-        known, asked = _scaled(*parts)
+        known, asked = _prepared(X, train, [test], transform)
         predicted[test] = model.fit(known, target[train]).predict(asked)
     return predicted
-
-def _scaled(train, test):
-    "Features by mean and spread of the training part; directions without any spread are dropped, not blown up."
-    mean, spread = train.mean(0), train.std(0)
-    kept = spread > 1e-4*spread.max()
-    return [(x[:, kept] - mean[kept])/spread[kept] for x in (train, test)] if kept.any() else [np.zeros((len(x), 1)) for x in (train, test)]
 
 # %% ../nbs/60_online.ipynb #7ba3048d
 def seen_before(

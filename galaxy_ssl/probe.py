@@ -104,8 +104,15 @@ def _prepared(X, train, others, transform):
     if transform is not None:
         step = copy.deepcopy(transform).fit(parts[0])
         parts = [step.transform(p) for p in parts]
-    scaler = StandardScaler().fit(parts[0])
-    return [scaler.transform(p) for p in parts]
+    kept = _moving(parts[0], 1e-7 if transform is None else 1e-4)
+    scaler = StandardScaler().fit(parts[0][:, kept])
+    return [scaler.transform(p[:, kept]) for p in parts]
+
+def _moving(train, least):
+    "Which directions have a spread beyond rounding and beyond a fraction of the largest; one at least."
+    mean, spread = np.abs(train.mean(axis=0, dtype=np.float64)), train.std(axis=0, dtype=np.float64)
+    kept = spread > np.maximum(1e-6*mean, least*spread.max())
+    return kept if kept.any() else spread == spread.max()
 
 def _scores(kind, true, pred, n_classes):
     return _class_scores(true, pred, n_classes) if kind == 'class' else _regression_scores(true, pred)

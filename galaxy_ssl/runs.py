@@ -213,4 +213,9 @@ def load_run(
         raise CutoutError(folder, f'has no {path.name} yet: training stopped before its first save', 'Run the same `galaxy_ssl train` command again to go on')
     method = make_method(config['method'], **config['settings'])
     load_state(method, load_weights(path), path)
-    return Run(folder, config, method.eval(), Preprocess.from_config(config['preprocess']))
+    return Run(folder, config, method.eval(), Preprocess.from_config(config['preprocess']), _is_finished(folder, config))
+
+def _is_finished(folder, config):
+    "Whether a training got to its last step: as it says itself, else by the last line of its log."
+    rows = read_log(folder/'log.jsonl')
+    return config.get('finished', rows[-1]['epoch'] >= config['train']['epochs'] if rows and 'train' in config else not (folder/'resume.pt').exists())

@@ -45,7 +45,7 @@ def train(
         folder = Path(cfg.out)
         with run_lock(folder) if world.first else nullcontext():
             if world.first:
-                _clear(folder, cfg)
+                _check_run(folder, cfg)
             if world.size > 1:
                 dist.barrier()
             if callbacks is None:
@@ -71,26 +71,29 @@ def watchers(
     gauges = [] if cfg.gauge_every == 0 else [resolve('galaxy_ssl.gauges:Gauges')(cfg.gauge_every)]
     return [*probes, *gauges, ProgressBar(), Figures(cfg.figure_every), *(resolve(CALLBACKS[t])() for t in cfg.track)]
 
-def _clear(folder, cfg):
-    "Remove what is left of an attempt that saved nothing, or of a whole run if asked to; refuse what cannot be resumed."
+def _check_run(folder, cfg):
+    "Refuse what cannot be resumed."
     if cfg.overwrite:
-        for name in ('resume.pt', 'config.json', 'model.safetensors'):
-            (folder/name).unlink(missing_ok=True)
-    if (folder/'resume.pt').exists():
-        if not (folder/'config.json').exists():
-            raise CutoutError(folder, 'half a run: resume.pt without config.json', 'Choose another folder, or overwrite=True (--overwrite)')
         return
-    if (folder/'model.safetensors').exists():
+    if (folder/'resume.pt').exists() and not (folder/'config.json').exists():
+        raise CutoutError(folder, 'half a run: resume.pt without config.json', 'Choose another folder, or overwrite=True (--overwrite)')
+    if (folder/'model.safetensors').exists() and not (folder/'resume.pt').exists():
         raise CutoutError(folder, 'holds weights, but no resume.pt to go on from', 'Choose another folder, or overwrite=True (--overwrite)')
-    for name in ('best.safetensors', 'split.parquet', 'log.jsonl', 'speed.jsonl'):
-        (folder/name).unlink(missing_ok=True)
+
+def _restarted():
+    "Whether torchrun or SLURM has started these words again by itself."
+    return any(os.environ.get(name, '0') not in ('', '0') for name in ('TORCHELASTIC_RESTART_COUNT', 'SLURM_RESTART_COUNT'))
 
 # %% ../nbs/33_train.ipynb #95727692
 def main(argv=None):
     "Entry point of `python -m galaxy_ssl.train` and of torchrun."
     die_with_launcher()
     try:
-        run = train(parse_args(sys.argv[1:] if argv is None else argv))
+        cfg = parse_args(sys.argv[1:] if argv is None else argv)
+        cfg.overwrite &= not _restarted()  # the first attempt has done so: the next ones go on with its run
+        run = train(cfg)
+    except KeyboardInterrupt as e:
+        raise SystemExit(130) from e
     except (CutoutError, TrainingError, OSError) as e:
         raise SystemExit(f'galaxy_ssl train: {e}') from e
     if int(os.environ.get('RANK', 0)) == 0:

@@ -100,6 +100,8 @@ class StopFlag:
             raise KeyboardInterrupt
         if not self.asked:
             self.asked, self._since = True, time.monotonic()
+            if number == signal.SIGINT and os.environ.get('RANK', '0') == '0':  # print() may not be called in the middle of itself
+                os.write(2, b'\nStopping after this step, to save. Interrupt again to stop at once, without saving.\n')
 
     def __exit__(self, *exc):
         for s, old in self._old.items():
