@@ -19,6 +19,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from fastcore.basics import patch
+from timm.layers import convert_sync_batchnorm
 
 from .across import alone
 from .batch import Loader, fit_preprocess, to_device
@@ -112,7 +113,7 @@ def spread(self:Trainer, method):
     "The method as the processes share it."
     device, world = self.world.device, self.world.size
     if world > 1 and device.type == 'cuda':
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(method)
+        convert_sync_batchnorm(method)  # that of timm: torch's drops the activations that timm keeps in its norms
     model = torch.compile(method) if self.cfg.compile else method
     if world == 1:
         return model
