@@ -11,6 +11,7 @@ __all__ = ['SWIN_PRESETS', 'nearest_sizes', 'ViT', 'TimmNet', 'make_swin', 'make
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
@@ -121,34 +122,62 @@ class TimmNet(nn.Module):
 
     def __init__(self,
         net:nn.Module,  # with `forward_features`
+        n_bands:int,    # bands C
         size,           # image size, pixels
     ):
         super().__init__()
-        self.net, self.size = net, as_hw(size)
-        self.dim = net.num_features
+        self.net, self.size = _without_chance(net), as_hw(size)
         self.n_prefix = getattr(net, 'num_prefix_tokens', 0)
         info = getattr(net, 'feature_info', None)
         self.stride = info[-1]['reduction'] if info else net.patch_embed.patch_size[0]
-        self.grid = tuple(-(-s//self.stride) for s in self.size)
+        self.dim, self.grid = self._look(n_bands)
+
+    def _look(self, n_bands):
+        "Length and grid of the tokens of one blank image. What they do not depend on gets no gradient, and is not trained."
+        h, w = self.size
+        used = [p for p in self.net.eval().parameters() if p.requires_grad]
+        try:
+            with torch.enable_grad():
+                x, grid = self.map(torch.zeros(1, n_bands, h, w))
+                gradients = torch.autograd.grad(x.sum(), used, allow_unused=True)
+        except (AssertionError, RuntimeError, ValueError, IndexError) as e:
+            raise CutoutError('size', f'{h}x{w} px do not fit {type(self.net).__name__} ({e})', 'Use another size, e.g. a multiple of 32, or 224') from e
+        if x.shape[1] - self.n_prefix != grid[0]*grid[1]:
+            raise CutoutError('size', f'{type(self.net).__name__} makes {x.shape[1] - self.n_prefix} tokens of {h}x{w} px, not {grid[0]}x{grid[1]}', 'Use another size, or another network')
+        for p, g in zip(used, gradients):
+            p.requires_grad_(g is not None)
+        self.net.train()
+        return x.shape[2], grid
+
+    def map(self, image):
+        "Tokens (B, n_prefix+T, D) in reading order, and how many (rows, columns) they are."
+        x = self.net.forward_features(image)
+        if x.ndim == 3:
+            return x, tuple(-(-s//self.stride) for s in image.shape[-2:])
+        if getattr(self.net, 'output_fmt', 'NCHW') == 'NHWC':
+            return x.flatten(1, 2), tuple(x.shape[1:3])
+        return x.flatten(2).transpose(1, 2), tuple(x.shape[2:])
 
     def tokens(self, image):
         "(B, n_prefix+T, D): tokens in reading order."
-        x = self.net.forward_features(image)
-        if x.ndim == 3:
-            return x
-        if getattr(self.net, 'output_fmt', 'NCHW') == 'NHWC':
-            return x.flatten(1, 2)
-        return x.flatten(2).transpose(1, 2)
+        return self.map(image)[0]
 
     def pooled(self, image, pool):
         "(B,D): mean, maximum or centre of the map."
-        x = self.tokens(image)[:, self.n_prefix:]
+        x, grid = self.map(image)
+        x = x[:, self.n_prefix:]
         if pool == 'mean':
             return x.mean(1)
-        if pool == 'max':
-            return x.amax(1)
-        grid = tuple(-(-s//self.stride) for s in image.shape[-2:])
-        return x[:, central_tokens(grid, x.device)].mean(1)
+        return x.amax(1) if pool == 'max' else x[:, central_tokens(grid, x.device)].mean(1)
+
+def _without_chance(net):
+    "The network with every dropout and every dropped path switched off: chance comes from the draws of a batch alone."
+    for m in net.modules():
+        if isinstance(m, DropPath):
+            m.drop_prob = 0.
+        elif isinstance(m, nn.modules.dropout._DropoutNd):
+            m.p = 0.
+    return net
 
 # %% ../nbs/21_encoders.ipynb #e8aefd48
 def make_swin(
@@ -168,7 +197,7 @@ def make_swin(
                           f'The sides must be multiples of {step}: use {" or ".join(map(str, nearest_sizes(size, step)))}, or another patch')
     net = SwinTransformer(img_size=(h, w), patch_size=patch, in_chans=n_bands, num_classes=0, embed_dim=dim, depths=depths, num_heads=heads,
                           window_size=min(7 if h//patch % 7 == 0 else 8, h//patch, w//patch), drop_path_rate=0., strict_img_size=False)
-    return TimmNet(net, size)
+    return TimmNet(net, n_bands, size)
 
 def make_timm(
     arch:str,     # a name `timm.create_model` knows
@@ -180,13 +209,16 @@ def make_timm(
         raise CutoutError('arch', f'neither we nor timm know a network called {arch!r}', f"Use 'vit', 'swin' or a name in timm.list_models().{nearest(arch, ['vit', 'swin', *timm.list_models()])}")
     kind = timm.model_entrypoint(arch)
     options = dict(pretrained=False, in_chans=n_bands, num_classes=0)
-    for extra in (dict(img_size=as_hw(size), dynamic_img_size=True), dict(img_size=as_hw(size)), {}):
+    hw = dict(img_size=as_hw(size))
+    for extra in ({**hw, 'dynamic_img_size': True}, {**hw, 'strict_img_size': False}, hw, {}):
         try:
-            return TimmNet(kind(**options, **extra), size)
+            net = kind(**options, **extra)
         except TypeError as e:
             reason = e
         except AssertionError as e:
             raise CutoutError('size', f'{size} px do not fit {arch} ({e})', 'Use another size') from e
+        else:
+            return TimmNet(net, n_bands, size)
     raise CutoutError('arch', f'{arch} cannot be made for {n_bands} bands ({reason})', 'Use another network')
 
 # %% ../nbs/21_encoders.ipynb #0b7f5789

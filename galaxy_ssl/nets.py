@@ -164,6 +164,12 @@ def use_fused(
     "Whether fused attention is the better choice: not on CPU at up to `PLAIN_TOKENS` tokens."
     return x.device.type != 'cpu' or x.shape[1] > PLAIN_TOKENS
 
+def _attend(block, x, fused):
+    "One block, with fused attention or without; a second pass in `checkpoint` uses what the first one did."
+    if block.attn.fused_attn != fused:
+        block.attn.fused_attn = fused
+    return block(x)
+
 def run_blocks(
     blocks,          # modules made by `vit_blocks`
     x:torch.Tensor,  # (B,T,D) tokens
@@ -171,10 +177,8 @@ def run_blocks(
     "Pass tokens through blocks, with the kind of attention that suits the device."
     fused = use_fused(x)
     for block in blocks:
-        if block.attn.fused_attn != fused:
-            block.attn.fused_attn = fused
         kept = not (torch.is_grad_enabled() and getattr(block, 'save_memory', False))
-        x = block(x) if kept else checkpoint(block, x, use_reentrant=False)
+        x = _attend(block, x, fused) if kept else checkpoint(_attend, block, x, fused, use_reentrant=False)
     return x
 
 def save_memory(
@@ -186,7 +190,7 @@ def save_memory(
     for m in module.modules():
         if isinstance(m, Block):
             m.save_memory = on
-        elif hasattr(m, 'set_grad_checkpointing'):
+        elif hasattr(m, 'set_grad_checkpointing') and not any(n.endswith('running_mean') for n, _ in m.named_buffers()):
             m.set_grad_checkpointing(on)
         else:
             continue
@@ -233,7 +237,7 @@ def count_hidden(
     mask_ratio:float,  # fraction to hide, between 0 and 1
 )->int:                # at least 1, at most n_tokens-1
     "How many patches a mask hides."
-    if not 0 < mask_ratio < 1:
+    if not isinstance(mask_ratio, (int, float)) or not 0 < mask_ratio < 1:
         raise CutoutError('mask_ratio', f'{mask_ratio} is not between 0 and 1', 'Something must be hidden and something seen, e.g. 0.75')
     if n_tokens < 2:
         raise CutoutError('patch', 'the image is a single patch, nothing can be hidden', 'Use a smaller patch')

@@ -18,7 +18,7 @@ from torch import nn
 
 from .core import CutoutError
 from .draws import draws_of
-from .encoders import Encoder
+from .encoders import Encoder, nearest_sizes
 from .methods import SSLMethod
 from .nets import count_hidden, init_vit, patch_grid, patchify, pool_tokens, run_blocks, unpatchify
 from .sky_token import SkyToken
@@ -73,15 +73,18 @@ class SimMIM(SSLMethod):
         bottleneck:bool=False,   # decode the image from one vector
         sky:bool=False,          # give right ascension and declination as a token ('vit' only)
         sky_drop:float=0.5,      # fraction of positions withheld in training
+        min_bands:int=1,         # fewest bands these settings are meant for
     ):
         super().__init__(n_bands=n_bands, size=size, arch=arch, patch=patch, preset=preset, dim=dim, depth=depth, heads=heads,
                          mask_patch=mask_patch, mask_ratio=mask_ratio, mask_bands=mask_bands, norm_pix=norm_pix, loss=loss,
-                         bottleneck=bottleneck, sky=sky, sky_drop=sky_drop)
+                         bottleneck=bottleneck, sky=sky, sky_drop=sky_drop, min_bands=min_bands)
+        if n_bands < min_bands:
+            raise CutoutError('n_bands', f'{n_bands}, but these settings are meant for {min_bands} bands or more', 'Use cutouts with more bands, or other settings (min_bands=1 takes any)')
         if mask_bands not in ('shared', 'per_band'):
             raise CutoutError('mask_bands', f'{mask_bands!r} is not a way to hide', "Use 'shared' or 'per_band'")
         self.norm_pix, self.loss = check_norm_pix(norm_pix), check_loss(loss)
         self.encoder = Encoder(n_bands=n_bands, size=size, arch=arch, patch=patch, preset=preset, dim=dim, depth=depth, heads=heads)
-        self.mask_patch = mask_patch or patch
+        self.mask_patch = patch if mask_patch is None else mask_patch
         self.mask_grid = patch_grid(size, self.mask_patch)
         self.mask_rows = n_bands if mask_bands == 'per_band' else 1
         self.mask_ratio = check_ratio(mask_ratio, self.mask_grid[0]*self.mask_grid[1])
@@ -92,10 +95,14 @@ class SimMIM(SSLMethod):
 
     def _build_head(self, bottleneck):
         "From tokens, or from their pool, to pixels."
-        dim, per_token = self.encoder.dim, self.encoder.stride**2*self.encoder.n_bands
+        dim, stride, grid = self.encoder.dim, self.encoder.stride, self.encoder.grid
+        per_token = stride**2*self.encoder.n_bands
+        if any(n*stride < side for n, side in zip(grid, self.encoder.size)):
+            raise CutoutError('size', f'the tokens of {self.encoder.arch} are {grid[0]}x{grid[1]} squares of {stride} px, which leave a part of {self.encoder.size[0]}x{self.encoder.size[1]} px out',
+                              f'Use a multiple of {stride}: {" or ".join(map(str, nearest_sizes(self.encoder.size, stride)))}')
         self.pool = None
         if bottleneck:
-            per_token *= self.encoder.grid[0]*self.encoder.grid[1]
+            per_token *= grid[0]*grid[1]
             self.pool = AttentionPoolLatent(dim, num_heads=gcd(dim, max(1, dim//64)), norm_layer=nn.LayerNorm)
             self.poolings = ('mean',)
         self.head = init_vit(nn.Linear(dim, per_token))
@@ -228,7 +235,7 @@ def reconstruct(self,
     return {'image': image, 'recon': torch.where(hidden, made.to(image.dtype), image), 'hidden': hidden}
 
 # %% ../nbs/24_simmim.ipynb #8c8b03c5
-_HSC = dict(patch=8, mask_ratio=[0, 0.9], mask_bands='per_band', norm_pix='joint', loss='l1')
+_HSC = dict(min_bands=5, patch=8, mask_ratio=[0, 0.9], mask_bands='per_band', norm_pix='joint', loss='l1')
 
 SIMMIM_PRESETS = {
     'hsc-base': {**_HSC, 'preset': 'base'},

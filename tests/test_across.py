@@ -70,3 +70,15 @@ def test_two_processes_give_the_loss_and_the_gradients_of_one(both):
             torch.testing.assert_close(got['buffers'][name], buffer)
         assert got['sum'].tolist() == [3, 3]
         assert (got['alone'], got['together']) == (1, 2)
+
+
+def test_norms_shared_between_gpus_keep_the_activations_of_timm():
+    from galaxy_ssl.encoders import Encoder
+    from galaxy_ssl.trainer import convert_sync_batchnorm
+    torch.manual_seed(0)
+    net, x = Encoder(n_bands=3, size=64, arch='efficientnet_b0').eval(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before = net(x)
+        convert_sync_batchnorm(net)
+        assert any(isinstance(m, torch.nn.SyncBatchNorm) for m in net.modules())
+        torch.testing.assert_close(net.eval()(x), before)
