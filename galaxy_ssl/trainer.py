@@ -20,9 +20,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 from fastcore.basics import patch
+from timm.layers import convert_sync_batchnorm
 
 from .across import alone
-from .batch import Loader, fit_preprocess, to_device
+from .batch import Loader, Preprocess, fit_preprocess, to_device
 from .callbacks import memory_use
 from .catalogs import hold_out
 from .config import TrainConfig, make_config
@@ -40,6 +41,8 @@ from .world import gather, total_over
 # %% ../nbs/32_trainer.ipynb #49111f33
 class TrainingError(RuntimeError):
     "Training cannot go on; the message names the step and the objects."
+
+_LEFT = ('resume.pt', 'config.json', 'model.safetensors', 'best.safetensors', 'split.parquet', 'log.jsonl', 'speed.jsonl')  # of an earlier attempt
 
 class Trainer:
     "The loop: batches in, weights, log and figures out."
@@ -74,14 +77,17 @@ class Trainer:
         pre.use_recipe(cfg.recipe or method.recipe)
         config = {'method': cfg.method, 'settings': method.settings, 'preprocess': pre.config(), 'bands': list(pre.bands), 'survey': cs.survey, 'unit': cs.unit,
                   'pixscale': None if math.isnan(cs.pixscale) else cs.pixscale, 'n_train': len(cs), 'train': _saved(cfg), 'compute': describe(device, cfg.precision)}
-        if cfg.init and not (self.folder/'resume.pt').exists():
+        resumed = (self.folder/'resume.pt').exists() and not cfg.overwrite
+        if cfg.init and not resumed:
             config['init'] = self.start(method, pre.bands)
         self.run = Run(self.folder, config, method.to(device), pre.to(device))
         self.optimizer = make_optimizer(method, cfg.lr, cfg.weight_decay, cfg.betas)
         self.model = self.spread(method)
-        if (self.folder/'resume.pt').exists():
+        if resumed:
             self.restore()
-        elif self.world.first:
+        elif self.world.first:  # only now: a new training that cannot begin must not cost the old one
+            for name in _LEFT:
+                (self.folder/name).unlink(missing_ok=True)
             write_config(self.folder, config)
             with atomic_write(self.folder/'split.parquet') as tmp:
                 self.split.to_parquet(tmp)
@@ -113,7 +119,10 @@ def spread(self:Trainer, method):
     "The method as the processes share it."
     device, world = self.world.device, self.world.size
     if world > 1 and device.type == 'cuda':
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(method)
+        convert_sync_batchnorm(method)  # timm's: torch's own would drop the activations that timm keeps in its batch norms
+    elif world > 1 and any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in method.modules()):
+        warnings.warn(f'{self.cfg.method}: the batch norms of this network see the objects of one process only (on a GPU they see all): the result depends on the number of processes')
+        convert_sync_batchnorm(method)  # that of timm: torch's drops the activations that timm keeps in its norms
     model = torch.compile(method) if self.cfg.compile else method
     if world == 1:
         return model
@@ -137,25 +146,34 @@ def split_off(
     val = cs[(split == 'val').to_numpy()] if (split == 'val').any() else None
     return cs[(split == 'train').to_numpy()], val, split.to_frame()
 
+def _listed(split):
+    "Ids and parts as plain text, whatever a file made of their types."
+    return [*map(str, split.index)], [*map(str, split['split'])]
+
 def _saved(cfg):
     "The settings as they are stored: plain JSON types."
     return json.loads(json.dumps(asdict(cfg)))
 
 # %% ../nbs/32_trainer.ipynb #6f7470b7
-_FREE = ('out', 'device', 'save_every', 'figure_every', 'probe', 'probe_every', 'gauge_every', 'track', 'overwrite', 'data', 'trust')
+_FREE = ('out', 'device', 'save_every', 'figure_every', 'probe', 'probe_every', 'gauge_every', 'track', 'overwrite', 'data', 'trust', 'save_memory')
 
 @patch
 def restore(self:Trainer):
     "Take up an unfinished run of the same settings where it was last saved."
-    saved = read_config(self.folder)
+    cfg, saved = self.cfg, read_config(self.folder)
     here = json.loads(json.dumps(self.run.config))
     theirs, mine = _saved(make_config(saved['train'], self.folder/'config.json')), here['train']  # settings that are newer than the run have their defaults
     differs = [f'{k}: {theirs.get(k)!r} there, {mine[k]!r} here' for k in mine if k not in _FREE and theirs.get(k) != mine[k]]
     if any(v != here['preprocess'].get(k) for k, v in saved['preprocess'].items() if k != 'augment'):
         differs.append('the data: other statistics of the training split')
+    differs += [f'{k}, found in the data: {v!r} there, {here["settings"].get(k)!r} here' for k, v in saved['settings'].items() if v != here['settings'].get(k) and k not in cfg.settings]
+    split = self.folder/'split.parquet'
+    if not differs and split.exists() and _listed(pd.read_parquet(split)) != _listed(self.split):
+        differs.append('the data: other objects, another order or another split')
     if differs:
         raise CutoutError(self.folder, f'holds a run with other settings ({"; ".join(differs[:5])})',
                           'Choose another folder, use the same settings to resume, or overwrite=True (--overwrite) to start again')
+    self.run.preprocess.augment = Preprocess.from_config(saved['preprocess']).augment  # recipes may have changed in a newer release
     state = load_resume(self.folder/'resume.pt')
     load_state(self.run.method, state['model'], self.folder/'resume.pt')
     self.optimizer.load_state_dict(state['optimizer'])
@@ -199,7 +217,7 @@ def train_step(self:Trainer, batches):
     "One optimiser step on `accum` small batches; returns the number of images of this process."
     cfg, device = self.cfg, self.world.device
     epoch, first = divmod(self.step, self.steps_per_epoch)
-    rate = learning_rate(self.step, self.total_steps, peak_rate(cfg.lr, cfg.batch_size, cfg.lr_batch), cfg.warmup)
+    rate = learning_rate(self.step, self.total_steps, peak_rate(cfg.lr, self.loader.batch_size*cfg.accum, cfg.lr_batch), cfg.warmup)
     for group in self.optimizer.param_groups:
         group['lr'] = rate
     self.run.method.train()
@@ -245,8 +263,9 @@ def check_pending(self:Trainer):
     if not math.isfinite(loss):
         listed = self.folder/f'bad_batch_{self.world.rank}.json'
         listed.write_text(json.dumps({'step': step, 'ids': ids}))
+        kept = 'The last good weights are kept' if (self.folder/'resume.pt').exists() else 'Nothing had been saved yet'
         raise TrainingError(f'{self.folder}: the loss became {loss} at step {step} (epoch {step//self.steps_per_epoch}); objects of that batch: '
-                            f'{ids[:5]}{f", all {len(ids)} in {listed.name}" if len(ids) > 5 else ""}. The last good weights are kept. '
+                            f'{ids[:5]}{f", all {len(ids)} in {listed.name}" if len(ids) > 5 else ""}. {kept}. '
                             'Look at these objects, lower the learning rate, or use fp32.')
     self.terms = list(terms)
     row = torch.tensor([loss, 1.0, *map(float, terms.values())], dtype=torch.float64)
