@@ -122,7 +122,6 @@ def spread(self:Trainer, method):
         convert_sync_batchnorm(method)  # timm's: torch's own would drop the activations that timm keeps in its batch norms
     elif world > 1 and any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in method.modules()):
         warnings.warn(f'{self.cfg.method}: the batch norms of this network see the objects of one process only (on a GPU they see all): the result depends on the number of processes')
-        convert_sync_batchnorm(method)  # that of timm: torch's drops the activations that timm keeps in its norms
     model = torch.compile(method) if self.cfg.compile else method
     if world == 1:
         return model
