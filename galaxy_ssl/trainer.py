@@ -223,7 +223,7 @@ def train_step(self:Trainer, batches):
         batch['draws'] = Draws(cfg.seed, 'train', epoch, first*cfg.accum + k, rank=self.world.rank, world=self.world.size, device=device)
         batch = self.run.preprocess(batch, train=True, **wanted_views(self.run.method))
         last = k == cfg.accum - 1
-        with nullcontext() if last or self.world.size == 1 else self.model.no_sync():
+        with nullcontext() if last or not hasattr(self.model, 'no_sync') else self.model.no_sync():
             with scope(device, cfg.precision):
                 out = self.model(batch)
                 loss = out['loss']/cfg.accum
