@@ -21,6 +21,7 @@ from .callbacks import memory_use
 from .config import TrainConfig, check_config, make_config, parse_args
 from .core import CutoutError
 from .cutouts import open_cutouts
+from .nets import save_memory
 from .precision import describe, gemm_rates, native_bf16, scope
 from .runs import Run, read_config
 from .trainer import Trainer
@@ -57,11 +58,18 @@ def count_flops(
 )->float:     # per image
     "Floating-point operations of one real training step, counted as they happen; a compiled network is counted as it was written."
     spread, trainer.model = trainer.model, trainer.run.method
+    twice = trainer.cfg.save_memory
+    if twice:  # what is computed a second time to save memory is no progress; a few images, for the memory that it would need
+        few = max(8, trainer.run.method.min_batch)
+        batches = [{k: v[:few] for k, v in batch.items()} for batch in batches]
+        save_memory(trainer.run.method, False)
     try:
         with FlopCounterMode(display=False) as counter:
             n = trainer.train_step(batches)
     finally:
         trainer.model = spread
+        if twice:
+            save_memory(trainer.run.method)
     return counter.get_total_flops()/n
 
 # %% ../nbs/34_throughput.ipynb #ffe1730d

@@ -61,7 +61,7 @@ def test_before_the_time_limit_it_saves_stops_and_queues_again(cluster, tmp_path
     while time.monotonic() < limit and not (log.exists() and log.stat().st_size) and batch.poll() is None:
         time.sleep(0.5)
     batch.send_signal(signal.SIGUSR1)
-    said = batch.communicate(timeout=120)[0]
+    said = batch.communicate(timeout=240)[0]
     assert batch.returncode == 0, said[-3000:]
     assert (tmp_path/'requeued').read_text() == f'requeue {cluster["SLURM_JOB_ID"]}\n'
     assert 'Stopped and saved at step' in said
