@@ -97,6 +97,14 @@ def _smooth(x, kernel):
     x = F.conv2d(x.reshape(1, B*C, H, W), k[:,None,None,:], padding=(0, pad), groups=B*C)
     return F.conv2d(x, k[:,None,:,None], padding=(pad, 0), groups=B*C).view(B, C, H, W)
 
+def _reached(kernel, n):
+    "How much of a kernel (B,C,k) about each of n pixels in a row lies within the row, (B,C,n)."
+    pad = kernel.shape[2]//2
+    total = F.pad(kernel.cumsum(-1), (1, 0))
+    first = (pad - torch.arange(n, device=kernel.device)).clamp(min=0)
+    end = (n + pad - torch.arange(n, device=kernel.device)).clamp(max=2*pad + 1)
+    return total[...,end] - total[...,first]
+
 # %% ../nbs/12_augment.ipynb #32c0e7aa
 def blur_psf(
     flux:torch.Tensor,  # (B,C,H,W) flux, NaN = bad
@@ -110,10 +118,14 @@ def blur_psf(
     kernel = torch.exp(-.5*(t/sigma)**2)
     kernel = kernel/kernel.sum(-1, keepdim=True)
     x = flux.float()
-    good = x.isfinite()
+    rows, columns = (_reached(kernel, n) for n in x.shape[2:])
+    weight = rows[...,None]*columns[:,:,None]
     with torch.autocast(x.device.type, enabled=False):
-        both = torch.cat([torch.where(good, x, 0), good.float()], 1)
-        value, weight = _smooth(both, torch.cat([kernel, kernel], 1)).chunk(2, 1)
+        if all_finite(x):
+            return _smooth(x, kernel)/weight
+        good = x.isfinite()
+        value = _smooth(torch.where(good, x, 0), kernel)
+        weight = weight - _smooth((~good).float(), kernel)
     return torch.where(good, value/torch.where(good, weight, 1), torch.nan)
 
 # %% ../nbs/12_augment.ipynb #bc9ee3c7

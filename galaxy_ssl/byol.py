@@ -10,6 +10,7 @@ __all__ = ['cosine_loss', 'BYOL']
 # %% ../nbs/25_byol.ipynb #e147f316
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .heads import make_head
 from .teacher import TaughtMethod, views_of
@@ -21,6 +22,13 @@ def cosine_loss(
 )->torch.Tensor:              # scalar, 0 to 4
     "Squared distance of unit vectors: 2 - 2 cos (arXiv:2006.07733, eq. 2), averaged over objects."
     return 2 - 2*F.cosine_similarity(prediction.float(), target.detach().float()).mean()
+
+# %% ../nbs/25_byol.ipynb #07dc3afd
+def _projector(dim, hidden, out):
+    "The projector; the bias at its end is 0 and stays so."
+    head = make_head('byol', dim, hidden=hidden, out=out)
+    nn.init.zeros_(head[-1].bias).requires_grad_(False)
+    return head
 
 # %% ../nbs/25_byol.ipynb #57792f82
 class BYOL(TaughtMethod):
@@ -42,7 +50,7 @@ class BYOL(TaughtMethod):
     ):
         settings = dict(n_bands=n_bands, size=size, arch=arch, patch=patch, preset=preset, dim=dim, depth=depth, heads=heads)
         super().__init__(**settings, pool=pool, hidden=hidden, out=out, momentum=momentum)
-        self._build(lambda d: make_head('byol', d, hidden=hidden, out=out), pool, momentum, settings, batch_stats=True)
+        self._build(lambda d: _projector(d, hidden, out), pool, momentum, settings, batch_stats=True)
         self.predictor = make_head('byol', out, hidden=hidden, out=out)
 
     def forward(self,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from .across import gather_rows
 from .core import CutoutError
 from .encoders import Encoder
+from .heads import fix_shift
 from .methods import SSLMethod
 
 # %% ../nbs/24_contrast.ipynb #6e4866c6
@@ -81,6 +82,7 @@ class TwoViews(SSLMethod):
         if pool not in self.poolings:
             raise CutoutError('pool', f'{self.settings["arch"]} has no pooling called {pool!r}', f'Choose from {list(self.poolings)}')
         self.pool, self.head = pool, head(self.encoder.dim)
+        fix_shift(self.encoder, self.head)
 
     def no_weight_decay(self)->set:
         "Vectors, and what the encoder names."

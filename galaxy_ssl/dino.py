@@ -66,7 +66,6 @@ def distillation_loss(
 class DINO(TaughtMethod):
     "Self-distillation with no labels (arXiv:2104.14294)."
     learns_by = 'gap'
-    check_with = {'prototypes': 64, 'momentum': 0.9}
 
     def __init__(self, *,
         n_bands:int,               # bands C

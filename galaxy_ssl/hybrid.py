@@ -56,7 +56,7 @@ class Hybrid(SSLMethod):
     )->dict:         # loss: scalar; ssl_loss, label_loss, accuracy of classes, and the terms of the method
         "Both losses, from one encoder."
         out = self.ssl(batch)
-        terms = self.head.loss(self.ssl.embed(batch['image'], batch['bad']), batch)
+        terms = self.head.loss(self._read(batch['image'], batch['bad']), batch)
         loss = out['loss'] + self.weight*terms['label_loss']
         return {**out, 'ssl_loss': out['loss'].detach(), **{k: v.detach() for k, v in terms.items()}, 'loss': loss}
 
@@ -70,7 +70,11 @@ class Hybrid(SSLMethod):
 
     def predict(self, image, bad=None):
         "Labels of images: (B,K) probabilities or vote fractions, or (B,) values."
-        return self.head.predict(self.ssl.embed(image, bad))
+        return self.head.predict(self._read(image, bad))
+
+    def _read(self, image, bad):
+        "What the label head reads: the embedding, of the network that learns where a teacher embeds."
+        return getattr(self.ssl, 'embed_learning', self.ssl.embed)(image, bad)
 
     def after_step(self, step, total):
         "What the method does after a step."

@@ -16,7 +16,7 @@ from .across import gather_rows, n_processes, sum_across
 from .core import CutoutError
 from .draws import draws_of
 from .encoders import Encoder
-from .heads import Head
+from .heads import Head, fix_shift
 from .methods import SSLMethod
 from .nets import as_hw
 
@@ -95,8 +95,7 @@ class LeJEPA(SSLMethod):
         if pool not in self.poolings:
             raise CutoutError('pool', f'{arch} has no pooling called {pool!r}', f'Choose from {list(self.poolings)}')
         self.head = Head(self.encoder.dim, hidden, out, layers)
-        if arch == 'vit' and layers > 1:
-            self.encoder.body.norm.bias.requires_grad_(False)  # the head's first batch norm takes away any constant
+        fix_shift(self.encoder, self.head)
         self.local_views, self.local_size = local_views, self._local_size(size, local_size) if local_views else None
 
     def _local_size(self, size, wanted):
