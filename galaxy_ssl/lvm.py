@@ -72,7 +72,7 @@ class LVM(SSLMethod):
         self.norm_pix, self.loss = check_norm_pix(norm_pix), check_loss(loss)
         self.net = SwinUNet(n_bands, size, **shape, skips=skips, qk_scale=qk_scale)
         self.embed_dim = self.net.dims[-1]
-        self.mask_patch = mask_patch or 2*shape['patch']
+        self.mask_patch = 2*shape['patch'] if mask_patch is None else mask_patch
         self.mask_grid = patch_grid(size, self.mask_patch)
         self.mask_ratio = check_ratio(mask_ratio, self.mask_grid[0]*self.mask_grid[1])
         self.fill = nn.Parameter(torch.zeros(n_bands, 1, 1))
