@@ -37,8 +37,8 @@ def lvm_shape(
     shape = {k: v if given.get(k) is None else given[k] for k, v in LVM_PRESETS[preset].items()}
     if len(shape['depths']) != len(shape['heads']) or len(shape['depths']) < 2:
         raise CutoutError('depths', f'{len(shape["depths"])} stages of blocks and {len(shape["heads"])} numbers of heads', 'Give one of each for two stages or more, e.g. [2, 2, 2] and [3, 6, 12]')
-    if shape['dim'] % 2 or not 0 <= shape['drop_path'] < 1:
-        raise CutoutError('dim', f'width {shape["dim"]} or drop_path {shape["drop_path"]} cannot be', 'The width is even, drop_path at least 0 and below 1')
+    if shape['dim'] < 2 or shape['dim'] % 2 or not 0 <= shape['drop_path'] < 1:
+        raise CutoutError('dim', f'width {shape["dim"]} or drop_path {shape["drop_path"]} cannot be', 'The width is even and at least 2, drop_path at least 0 and below 1')
     return shape
 
 # %% ../nbs/25_lvm.ipynb #10221368
@@ -72,7 +72,7 @@ class LVM(SSLMethod):
         self.norm_pix, self.loss = check_norm_pix(norm_pix), check_loss(loss)
         self.net = SwinUNet(n_bands, size, **shape, skips=skips, qk_scale=qk_scale)
         self.embed_dim = self.net.dims[-1]
-        self.mask_patch = mask_patch or 2*shape['patch']
+        self.mask_patch = 2*shape['patch'] if mask_patch is None else mask_patch
         self.mask_grid = patch_grid(size, self.mask_patch)
         self.mask_ratio = check_ratio(mask_ratio, self.mask_grid[0]*self.mask_grid[1])
         self.fill = nn.Parameter(torch.zeros(n_bands, 1, 1))

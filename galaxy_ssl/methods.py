@@ -266,6 +266,9 @@ def _check_embed(method, batch):
             far = (whole - other).abs().max().item()
             _need(far <= 1e-5, f'embed(pool={pool!r}) differs by {far:.1e} when objects come {how}')
     _need(torch.equal(state, torch.get_rng_state()), 'embed used the random generator')
+    bad = bad | (torch.arange(image.shape[-1], device=bad.device) % 3 == 0)
+    blank, spoilt = (method.embed(image.masked_fill(bad, value), bad) for value in (0., torch.nan))
+    _need(torch.equal(blank, spoilt), 'what bad pixels hold changes the embedding')
     return f'{method.embed_dim} numbers, {len(method.poolings)} poolings'
 
 @torch.no_grad()
@@ -313,7 +316,7 @@ def _check_learning(method, batch, steps, lr, falls):
         method.after_step(step + 1, steps)
     method.eval()
     after = told()
-    _need(after < falls*before, f'{steps} steps took the {method.learns_by} from {before:.4f} to {after:.4f}, not below {falls:g} of it')
+    _need(before - after > (1 - falls)*abs(before), f'{steps} steps took the {method.learns_by} from {before:.4f} to {after:.4f}, which is less than {1 - falls:.0%} down')
     return f'{before:.4f} to {after:.4f} in {steps} steps'
 
 # %% ../nbs/21_methods.ipynb #831aecf8
@@ -324,7 +327,7 @@ def check_method(
     size=32,           # image size, pixels, when a name is given
     steps:int=30,      # optimiser steps in the learning check
     lr:float=1e-3,     # their learning rate
-    falls:float=0.9,   # the loss must fall below this fraction of its start
+    falls:float=0.9,   # the loss must fall by what is missing to 1, as a fraction of the size of its start
     **settings,        # of the method, when a name is given
 )->dict:               # check -> what was found
     "Run the contract test on a method; raises AssertionError naming the first check that fails."

@@ -33,7 +33,7 @@ def check_ratio(
     if isinstance(mask_ratio, (int, float)):
         count_hidden(n_tokens, mask_ratio)
         return float(mask_ratio), float(mask_ratio)
-    pair = tuple(mask_ratio)
+    pair = tuple(mask_ratio) if isinstance(mask_ratio, (list, tuple)) else ()
     if len(pair) != 2 or not all(isinstance(r, (int, float)) for r in pair) or not 0 <= pair[0] < pair[1] < 1:
         raise CutoutError('mask_ratio', f'{mask_ratio!r} is neither a fraction nor a range of fractions', 'Use e.g. 0.6, or [0, 0.9]: 0 or more, and less than 1')
     count_hidden(n_tokens, 0.5)

@@ -60,11 +60,11 @@ class Supervised(SSLMethod):
 
     def embed(self,
         image:torch.Tensor,     # (B,C,h,w)
-        bad:torch.Tensor=None,  # (B,C,h,w) bool, True = do not use
+        bad:torch.Tensor=None,  # (B,C,h,w) bool, True = do not use; None: what is not finite
         pool:str=None,          # one of `poolings`; None: what the head reads
     )->torch.Tensor:            # (B,D) float32
         "What the head sees."
-        return self.encoder(image, bad, pool or self.pool)
+        return self.encoder(image, ~image.isfinite() if bad is None else bad, pool or self.pool)
 
     def no_weight_decay(self)->set:
         "Vectors, and what the encoder leaves alone."

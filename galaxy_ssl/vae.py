@@ -93,9 +93,9 @@ class VAE(SSLMethod):
     ):
         super().__init__(n_bands=n_bands, size=size, arch=arch, width=width, latent=latent, likelihood=likelihood, sigma=sigma,
                          noise=noise, beta=beta, warmup=warmup, free_bits=free_bits)
-        for name, value, least in (('n_bands', n_bands, 1), ('latent', latent, 1)):
+        for name, value, least in (('n_bands', n_bands, 1), ('latent', latent, 1), ('width', width, 1)):
             if int(value) != value or value < least:
-                raise CutoutError(name, f'{value} is not a number of {name.removeprefix("n_")}', f'Give {least} or more')
+                raise CutoutError(name, f'{value} is not a number of {name.removeprefix("n_")}', f'Give a whole number of {least} or more')
         if not (beta >= 0 and 0 <= warmup <= 1 and free_bits >= 0):
             raise CutoutError('beta', f'beta {beta}, warmup {warmup}, free_bits {free_bits} do not all make sense', 'beta and free_bits are at least 0, warmup is a fraction of the training')
         self.shape = (n_bands, *as_hw(size))
