@@ -100,7 +100,7 @@ class MoCo(TaughtMethod):
         settings:dict,  # as given
         pre,            # the fitted `Preprocess` of the run
     )->dict:
-        "A queue that holds no key of the galaxy that asks: at most a quarter of the training set."
+        "A queue that rarely holds a key of the galaxy that asks: at most a quarter of the training set."
         return {**settings, 'queue': settings.get('queue') or min(4096, max(1, len(cs)//4))}
 
     def forward(self,
