@@ -300,7 +300,7 @@ def missing_tasks(
 # %% ../nbs/84_bench.ipynb #8f068e92
 def bench(
     methods=None,                  # names of lines; None = every method and control
-    budget:int=100_000,            # galaxies shown in pre-training
+    budget:int=50_000,             # galaxies shown in pre-training
     seeds:int=3,                   # runs of each line
     out='benchmarks/results',      # folder of the cells
     work='runs/bench',             # folder of the runs, to resume and to score more tasks later

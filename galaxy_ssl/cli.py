@@ -141,7 +141,7 @@ def _download(argv):
 class BenchArgs:
     "Fill the leaderboard: pre-train and score what is not there yet. Example: galaxy_ssl bench --methods mae,untrained,pixels --seeds 3"
     methods: str|None = None        # lines, separated by commas; None = every method and control
-    budget: int = 100_000           # galaxies shown in pre-training
+    budget: int = 50_000            # galaxies shown in pre-training
     seeds: int = 3                  # runs of each line
     tasks: str|None = None          # tasks, separated by commas; None = all
     out: str = 'benchmarks/results' # folder of the results, a small file per line, task and seed

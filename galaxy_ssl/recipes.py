@@ -29,16 +29,19 @@ class Recipe:
     seeds: int = 100     # most seeds that make a difference
     tasks: tuple = ()    # scored; () = all
 
-COMMON = {'preset': 'micro', 'patch': 8}  # for methods that know these
+COMMON = {'preset': 'micro', 'patch': 16}  # for methods that know these
 TRAIN = {'batch_size': 64, 'lr': 1e-3, 'precision': 'bf16', 'val_fraction': 0., 'figure_every': 0, 'save_every': 500}
 
 BENCH_RECIPES = {
     'mae': Recipe(settings={'norm_pix': False, 'decoder': [96, 1, 3]}),
-    'simmim': Recipe(settings={'norm_pix': False}),
+    'simmim': Recipe(settings={'norm_pix': False, 'mask_patch': 8}),
+    'lvm': Recipe(settings={'patch': 8}),
+    'vae': Recipe(settings={'width': 16}),
+    'dino': Recipe(settings={'local_views': 2, 'local_size': 32}),
     'untrained': Recipe('untrained', 'mae'),
     'pixels': Recipe('pixels', seeds=1),
     'hybrid': Recipe(settings={'method': 'mae', 'settings': {**COMMON, 'norm_pix': False, 'decoder': [96, 1, 3]}, 'label': 'gz1', 'kind': 'class', 'classes': None}),
-    'supervised': Recipe('supervised', tasks=('gz1', 'efigi-t', 'efigi-bar')),
+    'supervised': Recipe('supervised', tasks=('gz1', 'efigi-t')),
     'imagenet': Recipe('timm', 'resnet18.a1_in1k', seeds=1),
 }
 
