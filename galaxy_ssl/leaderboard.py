@@ -222,7 +222,7 @@ def plot_few(
             mine = mine.loc[[n for n in (*steps, 0) if n in mine.index]]
             at = [steps.index(n) if n else len(steps) for n in mine.index]
             control = r.split()[0] in LAST
-            ax.errorbar(at, mine.score, [mine.score - mine.low, mine.high - mine.score], fmt='--' if control else '-', marker='o', ms=3, lw=1, capsize=2,
+            ax.errorbar(at, mine.score, [mine.score - mine.low, mine.high - mine.score], fmt='--' if control else '-', marker='osD'[k//7 % 3], ms=3, lw=1, capsize=2,
                         color=_COLOURS.get(r.split()[0], 'k' if control else f'C{(0, 3, 4, 5, 6, 8, 9)[k % 7]}'), label=r)
         ax.set_title(task, fontsize=9)
         ax.set_xticks(range(len(steps) + 1), [*map(str, steps), 'all'], fontsize=7)
