@@ -671,7 +671,7 @@ def test_line10_the_online_probe_logs_its_controls(galaxies, tmp_path):
 
 def watched(config, data, seen):
     """Train, and write down the ids of every batch this process gets."""
-    room = importlib.import_module('galaxy_ssl.train')
+    room = importlib.import_module('galaxy_ssl.trainer')
     to_device, ids = room.to_device, []
     room.to_device = lambda batch, device: ids.append(batch['id']) or to_device(batch, device)
     training(config, data)
