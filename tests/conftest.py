@@ -9,6 +9,7 @@ os.environ.setdefault('MPLBACKEND', 'agg')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 import shutil  # noqa: E402
+import signal  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -17,6 +18,9 @@ from common import embed, fit  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 from galaxy_ssl.synthetic import synthetic_cutouts  # noqa: E402
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell interrupts are ignored, and by every process started from here
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)
 settings.register_profile('repeatable', derandomize=True, deadline=None)
